@@ -1,0 +1,49 @@
+"""qoqlab makes the QServe paper (arXiv 2405.04532) executable: QoQ quantisation of language models, stage by stage.
+
+The short way: ``model, tokenizer = load_tiny()``, then ``quantize(model, "qoq-g128", calibration=ids)`` and ``perplexity``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import Mode
+    from .bundled import load_text, load_tiny, tokens
+    from .evaluate import generate, perplexity
+    from .formats import load, save
+    from .pipeline import QuantizedModel, quantize
+    from .recipes import Recipe
+
+__version__ = "0.1.0"
+
+#: Public name -> module that defines it; loaded on first use, so that ``import qoqlab`` costs nothing beyond this file.
+_EXPORTS = {
+    "Mode": "attention",
+    "QuantizedModel": "pipeline",
+    "Recipe": "recipes",
+    "generate": "evaluate",
+    "load": "formats",
+    "load_text": "bundled",
+    "load_tiny": "bundled",
+    "perplexity": "evaluate",
+    "quantize": "pipeline",
+    "save": "formats",
+    "tokens": "bundled",
+}
+_MODULES = ["affine", "architecture", "attention", "bundled", "capture", "clipping", "evaluate", "exercises", "formats", "gptq", "grids", "hadamard", "hf", "kv", "outliers", "packing", "pipeline", "progressive", "recipes", "reference", "runtime", "schemes", "steps", "transforms", "viz", "widgets"]
+
+__all__ = [*_EXPORTS, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

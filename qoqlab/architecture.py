@@ -1,0 +1,153 @@
+"""The only module that knows transformers' class names: where a model keeps its linears, norms, heads and ties."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .checks import require_finite
+
+#: Decoder-only families whose blocks hold q/k/v/o_proj and gate/up/down_proj and whose norms are RMSNorm.
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+#: Path of every quantised linear inside a block, in the order in which data flows.
+LINEARS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+#: Activation sites: the tensors that feed linears, and the linears that read them.
+SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
+
+def replace_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give ``module`` a new parameter. Parameters are never changed in place: a cloned model shares them with its origin."""
+    setattr(module, name, nn.Parameter(value.contiguous(), requires_grad=False))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer, by role."""
+
+    index: int
+    layer: nn.Module
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def linear(self, role: str) -> nn.Linear:
+        """The linear (or its quantised replacement) of a role in `LINEARS`."""
+        return self.layer.get_submodule(LINEARS[role])  # type: ignore[return-value]
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """``(role, module)`` of all seven linears."""
+        for role in LINEARS:
+            yield role, self.linear(role)
+
+    def name(self, role: str) -> str:
+        """Full parameter path, as in ``model.layers.0.self_attn.q_proj``."""
+        return f"model.layers.{self.index}.{LINEARS[role]}"
+
+    @property
+    def attention(self) -> nn.Module:
+        """The self-attention module."""
+        return self.layer.self_attn  # type: ignore[return-value]
+
+    @property
+    def input_norm(self) -> nn.Module:
+        """RMSNorm in front of q, k and v."""
+        return self.layer.input_layernorm  # type: ignore[return-value]
+
+    @property
+    def mlp_norm(self) -> nn.Module:
+        """RMSNorm in front of gate and up."""
+        return self.layer.post_attention_layernorm  # type: ignore[return-value]
+
+    @property
+    def key_norm(self) -> nn.Module | None:
+        """RMSNorm over the head dimension of keys (Qwen3), or None. `query_norm` exists with it."""
+        return getattr(self.attention, "k_norm", None)
+
+    @property
+    def query_norm(self) -> nn.Module | None:
+        """RMSNorm over the head dimension of queries (Qwen3), or None."""
+        return getattr(self.attention, "q_norm", None)
+
+    def set_linear(self, role: str, module: nn.Module) -> None:
+        """Replace a linear."""
+        self.layer.set_submodule(LINEARS[role], module)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A supported causal language model, by role."""
+
+    model: nn.Module
+    blocks: tuple[Block, ...]
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Token embedding ``[V, hidden]``."""
+        return self.model.get_input_embeddings()  # type: ignore[operator]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """RMSNorm in front of the head."""
+        return self.model.model.norm  # type: ignore[union-attr, return-value]
+
+    @property
+    def head(self) -> nn.Linear:
+        """Output projection ``[V, hidden]``."""
+        return self.model.get_output_embeddings()  # type: ignore[operator]
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head share one parameter."""
+        return self.head.weight is self.embedding.weight
+
+    def untie(self) -> None:
+        """Give the head its own copy of the embedding. Rotation and norm folding treat the two differently."""
+        if self.tied:
+            replace_parameter(self.head, "weight", self.embedding.weight.detach().clone())
+        self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def describe(model: nn.Module) -> Architecture:
+    """Find the parts of a supported model.
+
+    Raises TypeError for a class that is not in `SUPPORTED`, naming those that are.
+    """
+    kind = type(model).__name__
+    if kind not in SUPPORTED:
+        raise TypeError(f"model: {kind} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
+    config = model.config
+    heads = int(config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    kv_heads = int(config.num_key_value_heads)  # type: ignore[union-attr, arg-type]
+    blocks = []
+    for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
+        blocks.append(Block(index, layer, heads, kv_heads, int(layer.self_attn.head_dim)))
+    return Architecture(model, tuple(blocks))
+
+
+def require_finite_weights(architecture: Architecture) -> None:
+    """Raise ValueError naming the first parameter that holds NaN or infinity."""
+    for name, parameter in architecture.model.named_parameters():
+        if parameter.is_floating_point():
+            require_finite(f"model weight {name}", parameter.detach())
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor with ``model``.
+
+    Safe because all transforms replace parameters (`replace_parameter`) instead of writing into them; so quantising a copy
+    costs the memory of the new tensors alone.
+    """
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)

@@ -1,0 +1,70 @@
+"""Argument checks that name the argument, what came, and the rule."""
+
+from __future__ import annotations
+
+import torch
+
+
+def shape_of(value: torch.Tensor) -> str:
+    """``4096x100`` for a tensor of that shape, ``scalar`` for a 0-d one."""
+    return "x".join(map(str, value.shape)) or "scalar"
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a torch.Tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def require_float(name: str, value: torch.Tensor) -> None:
+    """Raise TypeError unless ``value`` is a floating-point tensor."""
+    require_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype} of shape {shape_of(value)}")
+
+
+def require_finite(name: str, value: torch.Tensor) -> None:
+    """Raise ValueError if a floating-point tensor holds NaN or infinity."""
+    require_float(name, value)
+    if not bool(torch.isfinite(value).all()):
+        nans, infs = int(value.isnan().sum()), int(value.isinf().sum())
+        raise ValueError(f"{name}: holds {nans} NaN and {infs} infinite values; quantisation needs finite numbers")
+
+
+def require_matrix(name: str, value: torch.Tensor) -> None:
+    """Raise unless ``value`` is a finite floating-point matrix with at least one element."""
+    require_finite(name, value)
+    if value.ndim != 2 or value.numel() == 0:
+        raise ValueError(f"{name}: expected a non-empty matrix [N, K], got shape {shape_of(value)}")
+
+
+def require_rows(name: str, value: torch.Tensor) -> None:
+    """Raise unless ``value`` is finite, floating-point and has a non-empty last dimension."""
+    require_finite(name, value)
+    if value.ndim == 0 or value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape [..., D] with D >= 1, got {shape_of(value)}")
+
+
+def require_groups(name: str, value: torch.Tensor, group_size: int) -> None:
+    """Raise ValueError unless the last dimension splits into groups of ``group_size``."""
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size: expected a positive integer, got {group_size!r}")
+    if value.shape[-1] % group_size:
+        raise ValueError(
+            f"{name}: {shape_of(value)} is not divisible into groups of {group_size} along K; pass group_size=... or pad"
+        )
+
+
+def require_codes(name: str, value: torch.Tensor, low: int, high: int) -> None:
+    """Raise unless ``value`` is an integer tensor whose entries lie in ``low..high``."""
+    require_tensor(name, value)
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integer codes, got {value.dtype}")
+    if value.numel() and (int(value.min()) < low or int(value.max()) > high):
+        raise ValueError(f"{name}: codes must lie in {low}..{high}, got {int(value.min())}..{int(value.max())}")
+
+
+def require_scale_fits(name: str, scale: torch.Tensor) -> None:
+    """Raise ValueError when a scale overflowed its storage type."""
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"{name}: values are too large for {scale.dtype} scales; rescale the tensor first")

@@ -1,0 +1,89 @@
+"""Perplexity and generation, in both modes of arithmetic."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import runtime
+from .architecture import describe
+from .attention import Mode
+from .capture import require_ids
+from .pipeline import QuantizedModel
+
+
+def _plain(model: nn.Module | QuantizedModel) -> nn.Module:
+    return model.model if isinstance(model, QuantizedModel) else model
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module | QuantizedModel,
+    ids: torch.Tensor,
+    mode: Mode = Mode.SIMULATED,
+    prefill: int = 1,
+    batch_size: int = 4,
+) -> float:
+    """Token-level perplexity: ``exp`` of the mean negative log-likelihood over all predicted tokens.
+
+    ``ids``: int64 tokens ``[n, length]``; each row is one window, its first token is given and the other ``length - 1`` are
+    predicted with everything before them in the window as context. Windows count equally.
+
+    ``mode`` (quantised models): ``Mode.SIMULATED`` rounds everything everywhere, as papers report; ``Mode.RUNTIME`` is what
+    kernels compute, the first ``prefill`` tokens of a window as a prompt and the rest as decode steps.
+
+    Raises ValueError for tokens outside the vocabulary, a window shorter than 2, or a ``prefill`` outside 1..length.
+    """
+    network = _plain(model)
+    require_ids("ids", ids, network.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    length = ids.shape[1]
+    if length < 2:
+        raise ValueError(f"ids: windows of {length} token leave nothing to predict; expected length >= 2")
+    if not 1 <= prefill <= length:
+        raise ValueError(f"prefill: expected 1..{length}, got {prefill!r}")
+    quantized = isinstance(model, QuantizedModel)
+    if mode is Mode.RUNTIME and not quantized:
+        raise TypeError("mode: RUNTIME needs a QuantizedModel, as qoqlab.quantize and qoqlab.load return it")
+    device = next(network.parameters()).device
+    total = 0.0
+    with runtime.mode(network, mode, prefill) if quantized else nullcontext():
+        for batch in ids.split(batch_size):
+            batch = batch.to(device)
+            logits = network(batch, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+            total += float(nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").double())
+    return math.exp(total / (ids.shape[0] * (length - 1)))
+
+
+@torch.no_grad()
+def generate(model: nn.Module | QuantizedModel, ids: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
+    """Continue ``ids [B, T]`` as the kernels would: RUNTIME arithmetic, and a 4-bit cache where the recipe has one.
+
+    ``options`` go to ``model.generate``. Returns int64 ``[B, <= T + max_new_tokens]``. A plain model just generates.
+    """
+    network = _plain(model)
+    require_ids("ids", ids, network.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    if not isinstance(model, QuantizedModel):
+        return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
+    from .grids import UINT4
+    from .hf import KV4Cache
+
+    if model.recipe.scheme.kv == UINT4:
+        options.setdefault("past_key_values", KV4Cache())
+    with runtime.mode(network, Mode.RUNTIME):
+        return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def logits_sqnr_db(model: nn.Module, quantized: QuantizedModel, ids: torch.Tensor, batch_size: int = 4) -> float:
+    """Signal-to-error ratio of the quantised model's logits against ``model``'s, in dB, in simulated mode."""
+    from .pipeline import sqnr_db
+
+    describe(model)
+    exact, rounded = (
+        torch.cat([m(b, use_cache=False).logits.float() for b in ids.split(batch_size)]) for m in (model, quantized.model)
+    )
+    return sqnr_db(exact - exact.mean(-1, keepdim=True), rounded - exact - (rounded - exact).mean(-1, keepdim=True))

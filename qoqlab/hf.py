@@ -1,0 +1,100 @@
+"""Integration with transformers: a 4-bit KV cache for `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+from .grids import UINT4, Grid
+from .kv import QuantizedKV, quantize_kv
+from .packing import pack_u4, unpack_u4
+
+
+class KV4Layer(DynamicLayer):
+    """One layer's keys and values as packed 4-bit codes, quantised once, on arrival, per token and head.
+
+    `update` returns the dequantised past followed by the *unquantised* new tokens: a prompt attends to exact keys and values
+    and a decoded token to its own exact ones, as QServe's kernels do.
+    """
+
+    grid: Grid = UINT4
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stored: dict[str, QuantizedKV] = {}
+
+    def _append(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        quantized = quantize_kv(new, self.grid)
+        fresh = QuantizedKV(self._pack(quantized.codes), quantized.scales, quantized.zeros)
+        past = self.stored.get(name)
+        if past is None:
+            self.stored[name] = fresh
+            return new
+        self.stored[name] = QuantizedKV(
+            *(torch.cat([a, b], 2) for a, b in zip(vars(past).values(), vars(fresh).values(), strict=True))
+        )
+        return torch.cat([self._dequantize(past, new.dtype), new], 2)
+
+    def _pack(self, codes: torch.Tensor) -> torch.Tensor:
+        return pack_u4(codes) if self.grid.bits == 4 else codes
+
+    def _dequantize(self, stored: QuantizedKV, dtype: torch.dtype) -> torch.Tensor:
+        codes = unpack_u4(stored.codes) if self.grid.bits == 4 else stored.codes
+        return QuantizedKV(codes, stored.scales, stored.zeros).dequantize(dtype)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys (after RoPE) and values ``[B, H, T, D]``; return what attention should see, ``[B, H, past + T, D]``."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._append("keys", key_states), self._append("values", value_states)
+
+    def get_seq_length(self) -> int:
+        """Number of cached tokens."""
+        return self.stored["keys"].scales.shape[2] if self.stored else 0
+
+    def _map(self, change: Any) -> None:
+        self.stored = {n: QuantizedKV(*(change(t) for t in vars(s).values())) for n, s in self.stored.items()}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Select sequences, as beam search does."""
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the given sequences."""
+        self._map(lambda t: t[indices])
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered: releases of transformers disagree on whether the argument counts kept or removed tokens."""
+        raise TypeError("KV4Cache: crop is not supported; make a new cache from the shorter prompt")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.stored = {}
+
+    def storage_bytes(self) -> int:
+        """Bytes of codes, scales and zeros."""
+        return sum(t.numel() * t.element_size() for s in self.stored.values() for t in vars(s).values())
+
+
+class KV4Cache(Cache):
+    """4-bit KV cache for ``model.generate(..., past_key_values=KV4Cache())``; works with any model whose cache is dynamic.
+
+    Give it to `qoqlab.generate` or use it inside ``with qoqlab.runtime.mode(model, Mode.RUNTIME)``: in simulated mode a
+    quantised model rounds keys and values itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=KV4Layer)
+
+    def storage_bytes(self) -> int:
+        """Bytes of all layers' codes, scales and zeros."""
+        return sum(layer.storage_bytes() for layer in self.layers if isinstance(layer, KV4Layer))

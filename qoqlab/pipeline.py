@@ -1,0 +1,208 @@
+"""Run a recipe over a model, block by block.
+
+Memory: beside the model's own weights (shared with the original unless ``inplace``), one block in fp32 and the calibration
+activations of one block's input and output are held; see `peak_bytes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import attention, capture, recipes, runtime
+from .architecture import Block, clone, describe, replace_parameter, require_finite_weights
+from .capture import Batch
+from .checks import require_finite, require_tensor
+from .recipes import Recipe
+from .schemes import Scheme, WeightKind
+from .steps import Context
+
+REPORT_COLUMNS = ["stage", "layer", "weight_mse", "weight_nmse", "output_sqnr_db", "seconds"]
+#: Batches on which each stage's output error is measured (all of them would double the run time).
+REPORT_BATCHES = 1
+
+
+@dataclass
+class QuantizedModel:
+    """A quantised model: ``model`` is a usable Hugging Face causal LM, ``report`` one row per layer and stage.
+
+    Report columns: ``stage`` (state after that step, everything not yet decided rounded to nearest), ``layer`` index,
+    ``weight_mse`` (mean squared error over all weights of the layer), ``weight_nmse`` (that over the mean squared weight),
+    ``output_sqnr_db`` (signal-to-error ratio of what the layer adds to the residual stream), ``seconds`` of the step.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    report: pd.DataFrame
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, scales and zeros as stored; unquantised parameters count 16 bits."""
+        return runtime.weight_bytes(self.model)
+
+    def kv_bytes_per_token(self) -> float:
+        """Bytes that one token adds to the KV cache, all layers, scales and zeros included."""
+        blocks = describe(self.model).blocks
+        bits = self.recipe.scheme.kv_bits_per_value(blocks[0].head_dim)
+        return sum(2 * b.kv_heads * b.head_dim * bits / 8 for b in blocks)
+
+
+def sqnr_db(signal: torch.Tensor, error: torch.Tensor) -> float:
+    """``10 log10(|signal|^2 / |error|^2)``; infinite without error.
+
+    >>> sqnr_db(torch.tensor([10.0]), torch.tensor([1.0]))
+    20.0
+    """
+    noise = error.double().square().sum()
+    return float("inf") if noise == 0 else float(10 * torch.log10(signal.double().square().sum() / noise))
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe,
+    calibration: torch.Tensor | None = None,
+    inplace: bool = False,
+    progress: bool = True,
+) -> QuantizedModel:
+    """Quantise a Hugging Face causal language model.
+
+    ``recipe``: a preset's name (`recipes.names`) or a `Recipe`; ``calibration``: int64 tokens ``[n, length]``, used for
+    statistics and for the report (None is fine for recipes without steps, and then no output error is reported).
+    ``inplace=False`` leaves ``model`` untouched; ``progress`` shows a bar over the blocks.
+
+    Deterministic: the same seed, inputs and thread count give bit-identical codes.
+
+    Raises TypeError for an unsupported architecture or wrong types, KeyError for an unknown preset, ValueError for NaN or
+    infinite weights (naming the parameter), empty calibration, tokens outside the vocabulary, or a layer that the format's
+    groups do not divide.
+    """
+    if isinstance(recipe, str):
+        recipe = recipes.get(recipe)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a preset's name or a Recipe, got {type(recipe).__name__}")
+    architecture = describe(model)
+    _require_quantizable(architecture.blocks, recipe)
+    require_finite_weights(architecture)
+    if calibration is None and recipe.steps:
+        raise ValueError(f"calibration: recipe {recipe.name!r} needs tokens [n, length], got None")
+    if calibration is not None:
+        require_tensor("calibration", calibration)
+        capture.require_ids("calibration", calibration, architecture.embedding.num_embeddings)
+    if not inplace:
+        model = clone(model)
+        architecture = describe(model)
+    model.eval()
+    if recipe.scheme == Scheme() and not recipe.steps:
+        return QuantizedModel(model, recipe, pd.DataFrame(columns=REPORT_COLUMNS))
+    attention.install(model)
+    batches = [] if calibration is None else capture.first_inputs(model, calibration)
+    rows: list[dict[str, object]] = []
+    for block in tqdm(architecture.blocks, desc=recipe.name, unit="block", disable=not progress):
+        batches = _quantize_block(block, batches, recipe, rows)
+    for step in recipe.steps:
+        if hasattr(step.function, "prepare"):
+            step.function.prepare(architecture)
+    return QuantizedModel(model, recipe, pd.DataFrame(rows, columns=REPORT_COLUMNS))
+
+
+def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
+    """Check every linear's shape before any work starts."""
+    form = recipe.scheme.weights
+    for block in blocks:
+        for role, linear in block.linears():
+            if not isinstance(linear, nn.Linear):
+                raise TypeError(f"model: {block.name(role)} is a {type(linear).__name__}, expected an unquantised nn.Linear")
+            n, k = linear.weight.shape
+            if form is None or form.kind is WeightKind.CHANNEL_S8:
+                continue
+            size = form.group_size if form.kind is WeightKind.PROGRESSIVE_U4 else 2
+            if k % size:
+                raise ValueError(
+                    f"model: {block.name(role)} is {n}x{k}, not divisible into groups of {size} along K; use another group_size"
+                )
+
+
+def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: list[dict[str, object]]) -> list[Batch]:
+    """Run all steps on one block, install its quantised layers, append report rows, return the next block's inputs.
+
+    The next block sees this block's exact outputs: quantisation error is not propagated (as in the original).
+    """
+    dtype = next(block.layer.parameters()).dtype
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    _cast(block.layer, working)
+    batches = [Batch(b.hidden.to(working), b.arguments) for b in batches]
+    outputs = [capture.run_block(block, b) for b in batches]
+    for y in outputs:
+        require_finite(f"calibration: output of model.layers.{block.index}", y)
+    context = Context(block, batches, outputs, recipe.scheme)
+    rows.append(_measure(context, "round to nearest", 0.0))
+    for step in recipe.steps:
+        start = time.perf_counter()
+        step(context)
+        rows.append(_measure(context, step.name, time.perf_counter() - start))
+    runtime.install(block, _quantized_weights(context), recipe.scheme)
+    _cast(block.layer, dtype)
+    return [dataclasses.replace(b, hidden=y) for b, y in zip(batches, outputs, strict=True)]
+
+
+def _quantized_weights(context: Context) -> dict[str, runtime.QuantizedWeight]:
+    if context.scheme.weights is None:
+        return {}
+    return {role: context.quantize_weight(role) for role, _ in context.block.linears()}
+
+
+def _cast(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters to ``dtype``, by replacement (a cloned model shares its tensors)."""
+    for module in layer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            replace_parameter(module, name, parameter.detach().to(dtype))
+
+
+def _measure(context: Context, stage: str, seconds: float) -> dict[str, object]:
+    """Report row: error of the block if it were quantised in its present state."""
+    weights = _quantized_weights(context)
+    error = signal = count = 0.0
+    for role, weight in weights.items():
+        exact = context.block.linear(role).weight.detach()
+        error += float((weight.dequantize() - exact).double().square().sum())
+        signal += float(exact.double().square().sum())
+        count += exact.numel()
+    sqnr = float("nan")
+    if context.batches:
+        batches, outputs = context.batches[:REPORT_BATCHES], context.outputs[:REPORT_BATCHES]
+        with runtime.quantized(context.block, weights, context.scheme):
+            rounded = [capture.run_block(context.block, b) for b in batches]
+        added = torch.cat([y - b.hidden for y, b in zip(outputs, batches, strict=True)])
+        sqnr = sqnr_db(added, torch.cat(rounded) - torch.cat(outputs))
+    return {
+        "stage": stage,
+        "layer": context.block.index,
+        "weight_mse": error / max(count, 1),
+        "weight_nmse": error / max(signal, 1e-300),
+        "output_sqnr_db": sqnr,
+        "seconds": seconds,
+    }
+
+
+def peak_bytes(hidden: int, intermediate: int, q_width: int, kv_width: int, tokens: int) -> dict[str, int]:
+    """What `quantize` holds beside the model's own weights, in bytes, for a geometry and a number of calibration tokens.
+
+    ``block``: one block in fp32, its transformed and its dequantised copy; ``activations``: fp32 inputs and outputs of
+    the block for all tokens, exact and rotated; ``hessians``: for GPTQ; ``total``.
+
+    >>> round(peak_bytes(4096, 14336, 4096, 1024, 128 * 1024)["total"] / 2**30, 1)
+    11.7
+    """
+    weights = hidden * (2 * q_width + 2 * kv_width + 3 * intermediate)
+    parts = {
+        "block": 3 * 4 * weights,
+        "activations": 4 * 4 * tokens * hidden,
+        "hessians": 4 * (2 * hidden**2 + q_width**2 + intermediate**2),
+    }
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,124 @@
+"""What a kernel must equal: plain torch on quantised operands.
+
+Integer accumulations are exact by construction, not by luck: products are summed in floating point only as far as every
+partial sum is an integer that the mantissa holds, so any summation order gives the same number.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .affine import Affine, quantize_per_token_s8
+from .checks import require_codes, require_finite, require_float, require_rows, shape_of
+from .grids import Zero
+from .progressive import ProgressiveWeight
+
+#: Largest K for which sums of products of two int8 numbers stay exact in fp32: 1024 * 128 * 128 = 2**24.
+FP32_EXACT_K = 1024
+
+QuantizedWeight = ProgressiveWeight | Affine
+
+
+def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Exact integer product: int8 or uint8 codes ``a [M, K]`` and ``b [N, K]`` -> int64 ``[M, N]`` = a @ b.T.
+
+    Entries must lie in -128..127 in both operands (4-bit codes do). Fast on a CPU, where integer matmul is slow: slices of
+    `FP32_EXACT_K` are multiplied in fp32, exactly, and added in int64.
+    """
+    require_codes("a", a, -128, 127)
+    require_codes("b", b, -128, 127)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a, b: expected [M, K] and [N, K], got {shape_of(a)} and {shape_of(b)}")
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int64, device=a.device)
+    for x, w in zip(a.float().split(FP32_EXACT_K, 1), b.float().split(FP32_EXACT_K, 1), strict=True):
+        total += (x @ w.T).long()
+    return total
+
+
+def w4a8_accumulate(x_codes: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """The integer accumulator of the W4A8 GEMM: int8 ``[M, K]`` x quantised ``[N, K]`` -> int64 ``[M, N]``.
+
+    Progressive weights multiply their decoded INT8 values; per-channel weights multiply their raw codes 0..15, because
+    their zero leaves the main loop by linearity (paper section 5.2.2). No GEMM with K <= 53248 leaves int32.
+    """
+    return int_matmul(x_codes, weight.int8() if isinstance(weight, ProgressiveWeight) else weight.codes)
+
+
+def scaled_zeros(weight: Affine) -> torch.Tensor:
+    """fp32 ``[N]``: the amount ``scale * zero`` that per-channel weights subtract, rounded to fp16 as kernels store it."""
+    if weight.zeros is None:
+        return torch.zeros_like(weight.scales, dtype=torch.float32)
+    zeros = weight.zeros.float()
+    return (zeros * weight.scales.float() if weight.zero is Zero.INTEGER else zeros).half().float()
+
+
+def w4a8_epilogue(
+    total: torch.Tensor,
+    x_scales: torch.Tensor,
+    x_sums: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """fp32 epilogue: int64 ``[M, N]``, activation scales and sums fp16 ``[M]`` -> fp16 ``[M, N]``.
+
+    Progressive: ``y = total * x_scale * channel_scale``. Per channel: ``y = total * x_scale * scale - x_sum * scaled_zero``,
+    with ``x_sum`` the fp16 sum of the *unquantised* activations, as QServe's fused kernels provide it.
+    """
+    rows = x_scales.float()[:, None]
+    if isinstance(weight, ProgressiveWeight):
+        y = total.float() * (rows * weight.channel_scales.float())
+    else:
+        y = total.float() * (rows * weight.scales.float()) - x_sums.float()[:, None] * scaled_zeros(weight)
+    return (y if bias is None else y + bias.float()).half()
+
+
+def w4a8_matmul(x: torch.Tensor | Affine, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Linear layer on INT8 activations and 4-bit weights: exact integer accumulation, then the fp32 epilogue.
+
+    ``x [..., K]``: floating-point (quantised here, per token), or already quantised (`affine.quantize_per_token_s8`; its
+    row sums are then those of the dequantised codes). ``weight``: `ProgressiveWeight` or per-channel `Affine` [N, K].
+    Returns fp16 ``[..., N]``. Results beyond fp16's range become infinite, as in a kernel.
+
+    Raises TypeError or ValueError for wrong operands, NaN or infinity.
+
+    >>> from qoqlab import affine
+    >>> w = affine.quantize_per_channel_u4(torch.tensor([[-0.5, 0.0, 0.25, 1.0]]))
+    >>> round(w4a8_matmul(torch.tensor([[1.0, 0.0, 0.0, 1.0]]), w).item(), 2)
+    0.5
+    """
+    if not isinstance(weight, ProgressiveWeight | Affine):
+        raise TypeError(f"weight: expected a ProgressiveWeight or a per-channel Affine, got {type(weight).__name__}")
+    if isinstance(x, Affine):
+        a, sums = x, x.dequantize().sum(-1).half()
+    else:
+        require_rows("x", x)
+        a, sums = quantize_per_token_s8(x), x.float().sum(-1).half()
+    if a.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"x: last dimension {a.shape[-1]} does not match the weight's K = {weight.shape[-1]}")
+    total = w4a8_accumulate(a.codes.reshape(-1, a.shape[-1]), weight)
+    y = w4a8_epilogue(total, a.scales.reshape(-1), sums.reshape(-1), weight, bias)
+    return y.reshape(*a.shape[:-1], -1)
+
+
+def kv4_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """One decode step of attention: every query head against its cached keys and values, softmax in fp32.
+
+    ``query [B, Hq, D]``; ``keys``, ``values`` ``[B, Hkv, T, D]`` (dequantised cache, T >= 1), or `QuantizedKV` of those
+    shapes; Hq a multiple of Hkv, consecutive query heads share a KV head. ``scale`` defaults to ``D ** -0.5``.
+    Returns ``[B, Hq, D]`` in ``query``'s dtype.
+    """
+    require_float("query", query)
+    k, v = (t if isinstance(t, torch.Tensor) else t.dequantize() for t in (keys, values))
+    for name, tensor in (("query", query), ("keys", k), ("values", v)):
+        require_finite(name, tensor)
+    if query.ndim != 3 or k.ndim != 4 or v.shape != k.shape or k.shape[2] == 0:
+        raise ValueError(
+            f"query, keys, values: expected [B, Hq, D] and twice [B, Hkv, T, D] with T >= 1, got {shape_of(query)}, "
+            f"{shape_of(k)}, {shape_of(v)}"
+        )
+    batch, heads, dim = query.shape
+    if k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]:
+        raise ValueError(f"query: {shape_of(query)} does not fit keys {shape_of(k)}: B and D equal, Hq a multiple of Hkv")
+    grouped = query.float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, Hq / Hkv, D]
+    scores = grouped @ k.float().transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
+    return (scores.softmax(-1) @ v.float()).flatten(1, 2).to(query.dtype)
