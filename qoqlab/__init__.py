@@ -8,13 +8,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .attention import Mode
-    from .bundled import load_text, load_tiny, tokens
-    from .evaluate import generate, perplexity
-    from .formats import load, save
-    from .pipeline import QuantizedModel, quantize
-    from .recipes import Recipe
+if TYPE_CHECKING:  # static readers see plain imports, Python loads lazily
+    from .attention import Mode as Mode
+    from .bundled import load_text as load_text
+    from .bundled import load_tiny as load_tiny
+    from .bundled import tokens as tokens
+    from .evaluate import generate as generate
+    from .evaluate import perplexity as perplexity
+    from .formats import load as load
+    from .formats import save as save
+    from .pipeline import QuantizedModel as QuantizedModel
+    from .pipeline import quantize as quantize
+    from .recipes import Recipe as Recipe
 
 __version__ = "0.1.0"
 
@@ -32,7 +37,34 @@ _EXPORTS = {
     "save": "formats",
     "tokens": "bundled",
 }
-_MODULES = ["affine", "architecture", "attention", "bundled", "capture", "clipping", "evaluate", "exercises", "formats", "gptq", "grids", "hadamard", "hf", "kv", "outliers", "packing", "pipeline", "progressive", "recipes", "reference", "runtime", "schemes", "steps", "transforms", "viz", "widgets"]
+_MODULES = [
+    "affine",
+    "architecture",
+    "attention",
+    "bundled",
+    "capture",
+    "clipping",
+    "evaluate",
+    "exercises",
+    "formats",
+    "gptq",
+    "grids",
+    "hadamard",
+    "hf",
+    "kv",
+    "outliers",
+    "packing",
+    "pipeline",
+    "progressive",
+    "recipes",
+    "reference",
+    "runtime",
+    "schemes",
+    "steps",
+    "transforms",
+    "viz",
+    "widgets",
+]
 
 __all__ = [*_EXPORTS, *_MODULES]
 

@@ -100,7 +100,7 @@ class Architecture:
     @property
     def final_norm(self) -> nn.Module:
         """RMSNorm in front of the head."""
-        return self.model.model.norm  # type: ignore[union-attr, return-value]
+        return self.model.model.norm  # type: ignore[return-value]
 
     @property
     def head(self) -> nn.Linear:

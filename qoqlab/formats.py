@@ -35,7 +35,7 @@ MANIFEST = "qoqlab.json"
 SCHEMA = 1
 ROTARY = "model.rotary_emb.inv_freq"
 _WEIGHT_FILE = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
-_GRIDS = {g.name: g for g in vars(grids).values() if isinstance(g, Grid)}
+_GRIDS: dict[str | None, Grid | None] = {g.name: g for g in vars(grids).values() if isinstance(g, Grid)}
 
 
 class CheckpointError(ValueError):
@@ -261,8 +261,8 @@ def _take_weight(
 def _load_rest(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
     """Load unquantised parameters into the meta model and rebuild buffers that are not stored."""
     architecture = describe(model)
-    rotary = model.model.rotary_emb  # type: ignore[union-attr]
-    model.model.rotary_emb = type(rotary)(config=model.config)  # type: ignore[union-attr, operator]
+    rotary = model.get_submodule("model.rotary_emb")
+    model.set_submodule("model.rotary_emb", type(rotary)(config=model.config))
     expected: dict[str, torch.Tensor] = {**dict(model.named_parameters()), ROTARY: model.get_buffer(ROTARY)}
     if getattr(model.config, "tie_word_embeddings", False):
         expected.pop("lm_head.weight", None)
@@ -275,7 +275,7 @@ def _load_rest(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> 
             raise CheckpointError(
                 f"{path}: tensor {name}: expected float {list(parameter.shape)}, got {tensor.dtype} {list(tensor.shape)}"
             )
-    model.model.rotary_emb.inv_freq = state.pop(ROTARY)  # type: ignore[union-attr]
+    model.get_submodule("model.rotary_emb").inv_freq = state.pop(ROTARY)
     model.load_state_dict(state, strict=False, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -33,9 +33,9 @@ def quantize(
 ) -> torch.Tensor:
     """Codes uint8 or int8 ``[N, K]`` that minimise ``(W^ - W) H (W^ - W)^T`` greedily, column by column.
 
-    ``weight [N, K]``, ``hessian [K, K]`` = sum of x x^T over calibration tokens, ``scales`` chosen beforehand (static groups).
-    Columns are visited by descending Hessian diagonal; dead columns (zero diagonal) are quantised as zeros. With a Hessian
-    proportional to the identity the result is round-to-nearest.
+    ``weight [N, K]``, ``hessian [K, K]`` = sum of x x^T over calibration tokens, ``scales`` chosen beforehand (static
+    groups). Columns are visited by descending Hessian diagonal; dead columns (zero diagonal) are quantised as zeros. With a
+    Hessian proportional to the identity the result is round-to-nearest.
     """
     w = weight.float().clone()
     h = hessian.float().clone()

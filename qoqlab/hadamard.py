@@ -100,9 +100,9 @@ def _williamson(n: int, multiplier: int) -> torch.Tensor:
         left -= orbit
     signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=len(orbits))), dtype=torch.float64)
     rows = torch.ones(len(signs), n, dtype=torch.float64)
-    for i, orbit in enumerate(orbits):
-        rows[:, orbit] = signs[:, i, None]
-    spectra = torch.fft.fft(rows).real.square()[:, [0] + [orbit[0] for orbit in orbits]]
+    for i, members in enumerate(orbits):
+        rows[:, members] = signs[:, i, None]
+    spectra = torch.fft.fft(rows).real.square()[:, [0] + [members[0] for members in orbits]]
     fits = (spectra <= 4 * n + 1e-6).all(1).nonzero().flatten().tolist()
     pairs: dict[tuple[float, ...], tuple[int, int]] = {}
     for i, j in itertools.combinations_with_replacement(fits, 2):

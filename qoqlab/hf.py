@@ -47,7 +47,7 @@ class KV4Layer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys (after RoPE) and values ``[B, H, T, D]``; return what attention should see, ``[B, H, past + T, D]``."""
+        """Append keys (after RoPE) and values ``[B, H, T, D]``; return what attention sees, ``[B, H, past + T, D]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self._append("keys", key_states), self._append("values", value_states)

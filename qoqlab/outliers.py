@@ -28,8 +28,8 @@ def plant(model: nn.Module, activation_ratio: float = 30.0, key_ratio: float = 1
 
     ``activation_ratio``: at both norms of every block, a few residual channels' gains become ``activation_ratio`` times the
     median gain while the consuming columns shrink to match. The channels are the same in every block, as in real models.
-    ``key_ratio``: in every KV head, two RoPE pairs of key rows become that much larger than the head's median channel and the
-    matching query rows of the whole group smaller (with QK-norm through the norms' gains, the same pairs in every head).
+    ``key_ratio``: in every KV head, two RoPE pairs of key rows become that much larger than the head's median channel and
+    the matching query rows of the whole group smaller (with QK-norm through the norms' gains, the same pairs in every head).
     A ratio of 1 plants nothing of that kind. ``seed`` chooses channels and pairs.
 
     The planted activation outliers sit in norm gains, so folding the norms (part of rotation) already removes them: rotation
@@ -54,13 +54,13 @@ def plant(model: nn.Module, activation_ratio: float = 30.0, key_ratio: float = 1
 
 def _plant_channels(norm: nn.Module, consumers: list[nn.Linear], channels: torch.Tensor, ratio: float) -> None:
     """Raise a norm's gain at ``channels`` to ``ratio`` times the median gain; consumers' columns make up for it."""
-    gain = norm.weight.detach()
-    raised = gain.clone()  # type: ignore[operator]
-    target = ratio * gain.abs().median()  # type: ignore[operator]
-    usable = channels[gain[channels].abs() > 1e-3 * target]  # type: ignore[index, operator]
-    raised[usable] = target * gain[usable].sign()  # type: ignore[index]
+    gain = norm.get_parameter("weight").detach()
+    raised = gain.clone()
+    target = ratio * gain.abs().median()
+    usable = channels[gain[channels].abs() > 1e-3 * target]
+    raised[usable] = target * gain[usable].sign()
     replace_parameter(norm, "weight", raised)
-    growth = (raised.double() / gain.double()).nan_to_num(1.0)  # type: ignore[operator]
+    growth = (raised.double() / gain.double()).nan_to_num(1.0)
     for linear in consumers:
         replace_parameter(linear, "weight", (linear.weight.detach().double() / growth).to(linear.weight.dtype))
 
@@ -69,7 +69,7 @@ def _key_growth(block: Block, ratio: float, generator: torch.Generator) -> torch
     """``[Hkv, D]`` factors, equal on RoPE pairs, that lift chosen pairs to ``ratio`` times the head's median channel."""
     half = block.head_dim // 2
     if block.key_norm is not None:
-        size = block.key_norm.weight.detach().abs().expand(block.kv_heads, -1)  # type: ignore[operator]
+        size = block.key_norm.get_parameter("weight").detach().abs().expand(block.kv_heads, -1)
     else:
         size = block.linear("k").weight.detach().float().unflatten(0, (block.kv_heads, -1)).norm(dim=-1)
     paired = size.float().unflatten(1, (2, half)).amax(1)  # [Hkv, D / 2]

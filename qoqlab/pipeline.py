@@ -124,7 +124,8 @@ def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
             size = form.group_size if form.kind is WeightKind.PROGRESSIVE_U4 else 2
             if k % size:
                 raise ValueError(
-                    f"model: {block.name(role)} is {n}x{k}, not divisible into groups of {size} along K; use another group_size"
+                    f"model: {block.name(role)} is {n}x{k}, not divisible into groups of {size} along K; "
+                    "use another group_size"
                 )
 
 

@@ -27,6 +27,8 @@ class QuantLinear(nn.Module):
     RUNTIME mode the integer GEMM of `reference.w4a8_matmul` runs and its fp16 result is cast to the input's dtype.
     """
 
+    bias: torch.Tensor | None
+
     def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, activations: Grid | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape

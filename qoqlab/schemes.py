@@ -57,7 +57,7 @@ class WeightFormat:
 def assemble(scales: ProgressiveScales | AffineScales, codes: torch.Tensor) -> ProgressiveWeight | Affine:
     """A quantised weight from its scales and codes [N, K]."""
     kind = ProgressiveWeight if isinstance(scales, ProgressiveScales) else Affine
-    return kind(**vars(scales), codes=codes)  # type: ignore[arg-type]
+    return kind(**vars(scales), codes=codes)
 
 
 @dataclass(frozen=True)

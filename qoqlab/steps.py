@@ -62,10 +62,9 @@ class Context:
 
 
 def _edit(module: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], by: torch.Tensor) -> None:
-    """Apply an output-side transform to a linear's weight and, if present, its bias."""
-    replace_parameter(module, "weight", change(module.weight.detach(), by))  # type: ignore[operator]
-    if getattr(module, "bias", None) is not None:
-        replace_parameter(module, "bias", change(module.bias.detach(), by))  # type: ignore[operator, union-attr]
+    """Apply an output-side transform to a linear's weight and bias, or to a norm's gain."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        replace_parameter(module, name, change(parameter.detach(), by))
 
 
 def _scale_columns(linear: nn.Linear, scale: torch.Tensor) -> None:
@@ -87,10 +86,10 @@ def _per_query_head(block: Block, per_kv_channel: torch.Tensor) -> torch.Tensor:
 
 def fold_norm(norm: nn.Module, consumers: list[nn.Linear]) -> None:
     """Move an RMSNorm's gain into the linears that read it, so that the norm commutes with rotations."""
-    gain = norm.weight.detach()
+    gain = norm.get_parameter("weight").detach()
     for linear in consumers:
         _scale_columns(linear, gain)
-    replace_parameter(norm, "weight", torch.ones_like(gain))  # type: ignore[arg-type]
+    replace_parameter(norm, "weight", torch.ones_like(gain))
 
 
 def rotate_ends(architecture: Architecture) -> None:
@@ -169,8 +168,8 @@ def smooth_attention(context: Context, alpha: float | None = 0.5, beta: float = 
 def fold_attention_scale(block: Block, scale: torch.Tensor) -> None:
     """Divide keys and multiply queries by ``scale [Hkv, D]``, equal on RoPE pairs (and on all heads with QK-norm)."""
     if block.key_norm is not None and block.query_norm is not None:
-        replace_parameter(block.key_norm, "weight", transforms.scale_inputs(block.key_norm.weight.detach(), 1 / scale[0]))
-        replace_parameter(block.query_norm, "weight", transforms.scale_inputs(block.query_norm.weight.detach(), scale[0]))
+        _edit(block.key_norm, transforms.scale_outputs, 1 / scale[0].double())
+        _edit(block.query_norm, transforms.scale_outputs, scale[0])
         return
     _edit(block.linear("k"), transforms.scale_outputs, 1 / scale.double().flatten())
     _edit(block.linear("q"), transforms.scale_outputs, _per_query_head(block, scale).flatten())
@@ -251,8 +250,8 @@ def smooth_output(context: Context, alpha: float | None = 0.05, beta: float | No
     """Block-output smoothing of o_proj's and down_proj's inputs (paper section 4.3.2).
 
     Their inputs cannot be rotated for free, so channels are scaled instead: activations divided by
-    ``s = max|x|^alpha / max|W|^beta`` (``beta`` defaults to 1 - alpha), folded into v_proj and up_proj. The paper finds alpha near 0 best.
-    ``alpha=None`` searches 0, 0.05, ... 0.95 and no smoothing, per layer, for the smallest output error.
+    ``s = max|x|^alpha / max|W|^beta`` (``beta`` defaults to 1 - alpha), folded into v_proj and up_proj. The paper finds
+    alpha near 0 best. ``alpha=None`` searches 0, 0.05, ... 0.95 and no smoothing, per layer, for the smallest output error.
     """
     block = context.block
     o_max = _per_kv_head(block, context.observe().absmax["o"])

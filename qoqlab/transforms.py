@@ -1,8 +1,8 @@
 """Exact equivalences on weights: the network's function stays, its numbers become easier to quantise.
 
 Everything here takes and returns tensors; `qoqlab.steps` applies these to a model's blocks. Matrix work is done in fp64 and
-rounded once to the input's dtype. Linear layers are ``y = x @ weight.T + bias`` with ``weight [N, K]``: *inputs* are columns,
-*outputs* are rows.
+rounded once to the input's dtype. Linear layers are ``y = x @ weight.T + bias`` with ``weight [N, K]``: *inputs* are
+columns, *outputs* are rows.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""numba.cuda kernels of qoqlab: W4A8 GEMM and KV4 attention. Nothing is here yet; `qoqlab.reference` defines what they equal."""
+"""numba.cuda kernels of qoqlab: W4A8 GEMM and KV4 attention. What they must equal: `qoqlab.reference`.
+
+Nothing is here yet.
+"""

@@ -1,0 +1,47 @@
+# make tour    install, quantise the bundled model, write build/tour.html
+# make lab     open the notebooks in JupyterLab
+# make test    everything CI runs
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+# OpenMP threads that spin while they wait make short operations crawl on a busy machine
+export OMP_WAIT_POLICY = passive
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "qoqlab needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a few minutes the first time) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lab,test]'
+	@touch $@
+
+setup: $(VENV)/.installed  ## make .venv and install everything into it
+
+tour: setup  ## the main job: quantise the bundled model, print the comparison, write build/tour.html
+	$(BIN)/qoqlab-tour --out build/tour.html
+
+lab: setup  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+test: setup lint  ## everything CI runs: lint, unit tests, doctests, notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:doctest -o addopts= --nbval --nbval-current-env \
+	  --nbval-cell-timeout=120 --nbval-sanitize-with=notebooks/nbval_sanitize.cfg notebooks
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+refresh: setup  ## run all notebooks again and store their outputs
+	$(BIN)/python notebooks/refresh.py
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+.PHONY: setup tour lab test lint refresh clean help
