@@ -90,7 +90,9 @@ def asymmetric_scales(
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     if zero is Zero.INTEGER:
         return AffineScales(scale, grid.clamp(-low / scale.float()), grid, zero)
-    return AffineScales(scale, (-low).half(), grid, zero)
+    zeros = (-low).half()
+    require_scale_fits("x", zeros)
+    return AffineScales(scale, zeros, grid, zero)
 
 
 def quantize(x: torch.Tensor, scales: AffineScales) -> Affine:

@@ -42,7 +42,7 @@ class Grid:
 
     def clamp(self, values: torch.Tensor) -> torch.Tensor:
         """Round half to even, clamp to the grid and store: float ``[...]`` -> ``dtype`` ``[...]``."""
-        return values.round().clamp(self.low, self.high).to(self.dtype)
+        return values.round().clamp_(self.low, self.high).to(self.dtype)
 
 
 class Zero(Enum):

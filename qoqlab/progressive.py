@@ -54,28 +54,34 @@ class ProgressiveScales:
     zero: Zero
     first_level: FirstLevel
 
-    def _expand(self, per_group: torch.Tensor, columns: slice) -> torch.Tensor:
-        """``[N, G]`` -> ``[N, columns]``: the value of the group that each column lies in."""
+    def _columns(self, per_group: torch.Tensor, columns: slice) -> torch.Tensor:
+        """``[N, G]`` -> ``[N, columns]`` fp32: the value of the group that each column lies in."""
+        if columns == slice(None):
+            return per_group.float().repeat_interleave(self.group_size, 1)
         index = torch.arange(self.group_scales.shape[1] * self.group_size, device=per_group.device)[columns]
         return per_group[:, index // self.group_size].float()
 
     def encode(self, weight: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """uint8 codes of ``weight[:, columns]``, given as ``[N, len(columns)]``."""
         limit = first_level_grid(self.zero).high
-        y = (weight.float() / self.channel_scales.float()[:, None]).clamp(-limit, limit)
+        y = (weight.float() / self.channel_scales.float()[:, None]).clamp_(-limit, limit)
         if self.first_level is FirstLevel.ROUNDED:
-            y = y.round()
-        s, z = self._expand(self.group_scales, columns), self._expand(self.group_zeros, columns)
-        return UINT4.clamp(y / s + z if self.zero is Zero.INTEGER else (y + z) / s)
+            y.round_()
+        s, z = self._columns(self.group_scales, columns), self._columns(self.group_zeros, columns)
+        return UINT4.clamp(y.div_(s).add_(z) if self.zero is Zero.INTEGER else y.add_(z).div_(s))
+
+    def _decode_first_level(self, codes: torch.Tensor, columns: slice) -> torch.Tensor:
+        """Level-1 integers as fp32."""
+        s, z = self._columns(self.group_scales, columns), self._columns(self.group_zeros, columns)
+        return codes.float().sub_(z).mul_(s) if self.zero is Zero.INTEGER else codes.float().mul_(s).sub_(z)
 
     def decode_int8(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """int8 ``[N, len(columns)]``: level-1 integers that the tensor core multiplies; never wraps (see `overflows`)."""
-        s, z = self._expand(self.group_scales, columns), self._expand(self.group_zeros, columns)
-        return ((codes.float() - z) * s if self.zero is Zero.INTEGER else codes.float() * s - z).to(torch.int8)
+        return self._decode_first_level(codes, columns).to(torch.int8)
 
     def decode(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """fp32 values of ``codes``."""
-        return self.decode_int8(codes, columns).float() * self.channel_scales.float()[:, None]
+        return self._decode_first_level(codes, columns).mul_(self.channel_scales.float()[:, None])
 
 
 @dataclass(frozen=True)

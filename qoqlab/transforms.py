@@ -19,7 +19,7 @@ def rotate_inputs(weight: torch.Tensor) -> torch.Tensor:
 
 def rotate_outputs(weight: torch.Tensor) -> torch.Tensor:
     """``R^T W``: rotate what a linear layer writes. ``weight [N, K]``, or a bias ``[N]``."""
-    return hadamard.transform(weight.double().T if weight.ndim == 2 else weight.double()).T.to(weight.dtype).contiguous()
+    return hadamard.transform(weight.double().movedim(0, -1)).movedim(-1, 0).to(weight.dtype).contiguous()
 
 
 def scale_inputs(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,237 @@
+"""``make tour``: quantise the bundled model with QoQ, stage by stage, print one table and write one interactive page."""
+
+from __future__ import annotations
+
+import argparse
+import html
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import capture, outliers, recipes
+from .bundled import load_text, load_tiny, tokens
+from .evaluate import logits_sqnr_db, perplexity
+from .pipeline import QuantizedModel, quantize
+from .recipes import Recipe
+from .schemes import Scheme
+
+#: Tokens per window; calibration and test windows. Small enough for two laptop cores, large enough to rank methods.
+LENGTH, CALIBRATION_WINDOWS, TEST_WINDOWS = 512, 8, 16
+ACTIVATION_RATIO, KEY_RATIO = 30.0, 10.0
+#: The layer whose insides the page shows.
+LAYER = 2
+
+
+@dataclass
+class Result:
+    """One model under every recipe: the printed table and the complete recipe's quantised model."""
+
+    table: pd.DataFrame
+    best: QuantizedModel
+
+
+def tour_recipes() -> list[Recipe]:
+    """Unquantised, round-to-nearest on groups, then the paper's ladder, whose last two complete rungs are QoQ's variants."""
+    return [recipes.get("fp16"), recipes.get("rtn-w4a8kv4-g128"), *recipes.ladder()]
+
+
+def measure(name: str, model: nn.Module, calibration: torch.Tensor, test: torch.Tensor, bar: tqdm) -> Result:
+    """Quantise ``model`` with every recipe of the tour; one table row each."""
+    rows = []
+    for recipe in tour_recipes():
+        bar.set_description(f"{name}: {recipe.name}"[:40].ljust(40))
+        start = time.perf_counter()
+        quantized = quantize(model, recipe, calibration if recipe.steps else None, progress=False)
+        seconds = time.perf_counter() - start
+        rows.append(
+            {
+                "model": name,
+                "step": recipe.name,
+                "format": str(recipe.scheme),
+                "perplexity": perplexity(quantized, test),
+                "logits_sqnr_db": logits_sqnr_db(model, quantized, test[:4]),
+                "weight_mb": quantized.weight_bytes() / 1e6,
+                "kv_bytes_per_token": quantized.kv_bytes_per_token(),
+                "seconds": seconds,
+            }
+        )
+        bar.update()
+    table = pd.DataFrame(rows)
+    table["fp16"] = table["perplexity"].iloc[0]
+    table["gap"] = table["perplexity"] - table["fp16"]
+    table["change"] = table["perplexity"].diff()
+    # the ladder starts afresh after the two methods in front of it
+    table.loc[:2, "change"] = float("nan")
+    return Result(table, quantized)
+
+
+def stages(model: nn.Module, calibration: torch.Tensor, ids: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """What layer `LAYER` sees before any stage and after each equivalence of `qoq-g128`, unquantised."""
+    found = {"original": capture.layer_tensors(model, ids, LAYER)}
+    steps = [s for s in recipes.get("qoq-g128").steps if s.name not in ("clip", "gptq")]
+    for count in range(1, len(steps) + 1):
+        changed = quantize(model, Recipe("transforms", Scheme(), tuple(steps[:count])), calibration, progress=False)
+        found[f"after {steps[count - 1].name}"] = capture.layer_tensors(changed.model, ids, LAYER)
+    return found
+
+
+def render(results: dict[str, Result], seen: dict[str, dict[str, torch.Tensor]], python: str) -> str:
+    """The page: one self-contained HTML document, plotly embedded once."""
+    from . import viz
+
+    table = pd.concat([r.table for r in results.values()], ignore_index=True)
+    keys = {stage: tensors["keys"].abs().amax((0, 1)) for stage, tensors in seen.items()}
+    parts: list[tuple[str, str, list]] = [
+        (
+            "The ladder",
+            "Each rung adds one thing to the rung before it, in the order of the paper's ablation. Going to 4-bit weights "
+            "and to a 4-bit cache costs perplexity; every stage in between wins some of it back.",
+            [viz.ladder(ladder_rows(table))],
+        ),
+        (
+            "Error per layer",
+            "How faithfully each layer of the planted model computes what it adds to the residual stream, if it were "
+            "quantised after each stage. Higher is better.",
+            [viz.error_by_layer(results["planted"].best.report)],
+        ),
+        (
+            "Activations, before and after rotation",
+            "Input of the query, key and value projections. A few channels tower over the others, so one scale per token "
+            "leaves little room for the rest; multiplying by a Hadamard matrix spreads them evenly.",
+            [
+                viz.outlier_map(seen["original"]["qkv"], "Before rotation: attention input, planted model"),
+                viz.outlier_map(seen["after rotate"]["qkv"], "After rotation: the same tokens"),
+            ],
+        ),
+        (
+            "Keys, before and after SmoothAttention",
+            "Keys carry fixed outlier channels in RoPE pairs (i, i + 64). Rotation cannot reach them, since RoPE stands in "
+            "between; SmoothAttention divides them by lambda and multiplies the queries instead.",
+            [
+                viz.channel_profile(
+                    {k: keys[k] for k in ("original", "after smooth_attention")}, "Largest key magnitude per channel"
+                )
+            ],
+        ),
+        (
+            "Inputs of down_proj, stage by stage",
+            "Reordering sorts channels by magnitude, so that salient ones share a group of 128; output smoothing then evens "
+            "out the weight columns that they meet.",
+            [
+                viz.channel_profile(
+                    {
+                        stage: seen[stage]["down"].abs().amax(0)
+                        for stage in ("original", "after reorder", "after smooth_output")
+                    },
+                    "Largest activation per channel at down_proj's input",
+                )
+            ],
+        ),
+    ]
+    body, embedded = [], False
+    for title, text, figures in parts:
+        body.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>")
+        for figure in figures:
+            body.append(figure.to_html(full_html=False, include_plotlyjs=not embedded, include_mathjax=False))
+            embedded = True
+    numbers = format_table(table).to_html(index=False, border=0, escape=True)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>qoqlab tour</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }}
+th, td {{ padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; }}
+td:nth-child(-n+3), th:nth-child(-n+3) {{ text-align: left; }}
+</style></head><body>
+<h1>QoQ on a small language model, stage by stage</h1>
+<p>{html.escape(verdict(table))}</p>
+<p>The planted model computes the same function as the bundled one, but a few of its activation channels are about
+{ACTIVATION_RATIO:.0f} times and a few of its key channels about {KEY_RATIO:.0f} times the median, as large models have by
+themselves. Perplexities depend on the interpreter's own documentation, here Python {html.escape(python)}.</p>
+{numbers}
+{"".join(body)}
+</body></html>
+"""
+
+
+def ladder_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that form the ladder."""
+    return table[~table["step"].isin(["fp16", "rtn-w4a8kv4-g128"])]
+
+
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The table that people read: text columns, rounded numbers with units in the headings."""
+
+    def signed(value: float) -> str:
+        return "" if pd.isna(value) else f"{value:+.2f}"
+
+    return pd.DataFrame(
+        {
+            "model": table["model"],
+            "step": table["step"],
+            "format": table["format"],
+            "perplexity": table["perplexity"].map("{:.2f}".format),
+            "gap to fp16": table["gap"].map(signed),
+            "change": table["change"].map(signed),
+            "logits SQNR, dB": table["logits_sqnr_db"].map(lambda v: "exact" if v > 60 else f"{v:.1f}"),
+            "weights, MB": table["weight_mb"].map("{:.1f}".format),
+            "KV, B/token": table["kv_bytes_per_token"].map("{:.0f}".format),
+            "quantised in, s": table["seconds"].map("{:.1f}".format),
+        }
+    )
+
+
+def verdict(table: pd.DataFrame) -> str:
+    """Two sentences that compare QoQ with round to nearest on both models, from the numbers."""
+    said = []
+    for name, rows in table.groupby("model", sort=False):
+        gap = rows.set_index("step")["gap"]
+        rtn, qoq = gap["rtn-w4a8kv4-g128"], gap.iloc[-1]
+        share = f"{qoq / rtn:.0%} of" if rtn > 0 else "against"
+        said.append(
+            f"On the {name} model round-to-nearest W4A8KV4 g128 loses {rtn:.2f} perplexity and QoQ {qoq:.2f}, {share} that."
+        )
+        if rtn < 0.05 * rows["fp16"].iloc[0]:
+            said.append("That model is easy to quantise: its differences are small, so look at the planted one.")
+    return " ".join(said)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of ``qoqlab-tour``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/tour.html"), help="where the page goes")
+    parser.add_argument("--figure", type=Path, help="also write the ladder as SVG or PNG (needs kaleido and Chrome)")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    model, tokenizer = load_tiny()
+    calibration = tokens(tokenizer, load_text("python-docs", "calibration"), LENGTH)[:CALIBRATION_WINDOWS]
+    test = tokens(tokenizer, load_text("python-docs", "test"), LENGTH)[:TEST_WINDOWS]
+    models = {
+        "bundled": model,
+        "planted": outliers.plant(model, activation_ratio=ACTIVATION_RATIO, key_ratio=KEY_RATIO),
+    }
+    with tqdm(total=len(models) * len(tour_recipes()), unit="recipe") as bar:
+        results = {name: measure(name, network, calibration, test, bar) for name, network in models.items()}
+    seen = stages(models["planted"], calibration, test[:1, :256])
+    table = pd.concat([r.table for r in results.values()], ignore_index=True)
+    with pd.option_context("display.width", 200, "display.max_columns", 20):
+        print(format_table(table).to_string(index=False))
+    print(f"\n{verdict(table)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(render(results, seen, sys.version.split()[0]))
+    if options.figure:
+        from . import viz
+
+        viz.ladder(ladder_rows(table)).write_image(options.figure, width=1000, height=480)
+    print(f"\nDone in {time.perf_counter() - start:.0f} s. Open {options.out} in a browser; `make lab` opens the lessons.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,565 @@
+"""Pictures: a tensor or a table in, a plotly Figure out. Nothing here is shown, printed or saved, and no maths happens
+beyond layout (pooling for display, ranking, logarithms).
+
+Every figure carries `TEMPLATE`, set on the figure itself, so importing this module changes no global plotting state.
+"""
+# ruff: noqa: E402  (one line has to run before plotly is imported)
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+
+# jsonschema imports this package in every process that displays a plotly figure; it costs two seconds of CPU and serves one
+# string format ("iri") that no figure uses. A None entry makes jsonschema skip that check. Remove once jsonschema is lazy.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+from torch.nn import functional
+
+#: Okabe and Ito's palette: eight colours that stay apart under every common colour blindness. Yellow is left out (too pale).
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Sequential scale of all maps: even in lightness, the same to colour-blind eyes.
+SEQUENTIAL = "Cividis"
+_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+
+_AXIS = {
+    "showgrid": True,
+    "gridcolor": _GRID,
+    "linecolor": _MUTED,
+    "showline": True,
+    "ticks": "outside",
+    "tickcolor": _MUTED,
+    "zeroline": False,
+    "automargin": True,
+    "title": {"standoff": 8, "font": {"size": 13}},
+}
+#: The look of every figure; small on purpose, since a notebook stores it with each of them.
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 13, "color": _INK},
+        "title": {"x": 0, "xref": "paper", "xanchor": "left", "y": 0.965, "yanchor": "top", "font": {"size": 16}},
+        "colorway": list(PALETTE),
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "legend": {"bgcolor": "rgba(255,255,255,0.85)", "font": {"size": 12}},
+        "margin": {"l": 70, "r": 30, "t": 72, "b": 60},
+        "height": 420,
+        "hovermode": "closest",
+    }
+)
+#: Largest number of rows and columns that a map keeps; more than a laptop screen can tell apart only makes files heavy.
+MAP_ROWS, MAP_COLUMNS = 64, 192
+
+
+def _layout(figure: go.Figure, title: str, x: str = "", y: str = "", **more: object) -> go.Figure:
+    """Apply the template, the title and the axis titles."""
+    figure.update_layout(template=TEMPLATE, title_text=title, **more)
+    if x:
+        figure.update_xaxes(title_text=x)
+    if y:
+        figure.update_yaxes(title_text=y)
+    return figure
+
+
+def _numbers(values: torch.Tensor) -> list[float]:
+    """Plain floats with five significant digits: what a screen shows, and what a file needs to hold."""
+    return [float(f"{v:.5g}") for v in values.detach().double().flatten().tolist()]
+
+
+def pool_max(x: torch.Tensor, rows: int = MAP_ROWS, columns: int = MAP_COLUMNS) -> tuple[torch.Tensor, int, int]:
+    """Shrink ``|x| [R, C]`` to at most ``rows x columns`` by keeping every block's maximum, so that no outlier vanishes.
+
+    Returns the map and how many rows and columns of ``x`` one cell stands for.
+
+    >>> pool_max(torch.tensor([[1.0, -9.0, 2.0, 3.0]]), columns=2)[0].tolist()
+    [[9.0, 3.0]]
+    """
+    if x.ndim != 2 or x.numel() == 0:
+        raise ValueError(f"x: expected a non-empty matrix [rows, columns], got shape {list(x.shape)}")
+    high, wide = -(-x.shape[0] // rows), -(-x.shape[1] // columns)
+    pooled = functional.max_pool2d(x.detach().float().abs()[None], (high, wide), ceil_mode=True)[0]
+    return pooled, high, wide
+
+
+def _heat(x: torch.Tensor, log: bool) -> tuple[go.Heatmap, int, int]:
+    """Heat map trace of ``|x|`` with a robust colour range: the brightest 1 % share one colour, the hover has the value."""
+    pooled, high, wide = pool_max(x)
+    z = pooled.clamp(min=1e-12).log10() if log else pooled
+    low, top = (float(z.quantile(0.02)), float(z.max())) if log else (0.0, float(z.quantile(0.99)))
+    bar: dict[str, object] = {"title": {"text": "largest |x|", "side": "right"}, "thickness": 14, "outlinewidth": 0}
+    if log:
+        ticks = [t for t in range(-6, 7) if low <= t <= top]
+        ticks = ticks if len(ticks) > 1 else _spread(low, top)  # type: ignore[assignment]
+        bar |= {"tickvals": ticks, "ticktext": [f"{10**t:.3g}" for t in ticks]}
+    trace = go.Heatmap(
+        z=z.numpy().round(4),
+        x0=0,
+        dx=wide,
+        y0=0,
+        dy=high,
+        zmin=low,
+        zmax=max(top, low + 1e-6),
+        colorscale=SEQUENTIAL,
+        colorbar=bar,
+        hovertemplate="token %{y}<br>channel %{x}<br>" + ("10^%{z:.2f}" if log else "|x| = %{z:.3g}") + "<extra></extra>",
+    )
+    return trace, high, wide
+
+
+def _log_axis(values: Sequence[torch.Tensor]) -> dict[str, object]:
+    """A log axis over the positive ``values`` with ticks at 1, 2, 5, 10, ... (1, 10, 100 when it spans many decades)."""
+    flat = torch.cat([v.detach().double().flatten() for v in values])
+    flat = flat[flat > 0]
+    low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.1, 10.0)
+    span = max(math.log10(high / low), 0.1)
+    digits = (1, 2, 5) if span < 3.5 else (1,)
+    ticks = [d * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for d in digits]
+    return {
+        "type": "log",
+        "range": [math.log10(low) - 0.05 * span, math.log10(high) + 0.07 * span],
+        "tickvals": ticks,
+        "ticktext": [f"{t:g}" for t in ticks],
+    }
+
+
+def _spread(low: float, high: float, count: int = 4) -> list[float]:
+    return [low + (high - low) * i / (count - 1) for i in range(count)]
+
+
+# --- outliers -------------------------------------------------------------------------------------------------------------
+
+
+def outlier_map(x: torch.Tensor, title: str, log: bool = False) -> go.Figure:
+    """Heat map of magnitudes, tokens down, channels across: a fixed outlier channel is a bright vertical line.
+
+    ``x [T, K]``. Shrunk for display by block maxima. On the linear scale the brightest 1 % of the cells share one colour,
+    so that a single outlier does not black out the rest; on the log scale nothing is cut.
+    """
+    trace, high, wide = _heat(x, log)
+    cell = "" if high * wide == 1 else f" (a cell: the largest of {high} x {wide})"
+    return _layout(go.Figure(trace), title, f"channel (index){cell}", "token (position)", yaxis_autorange="reversed")
+
+
+def outlier_surface(x: torch.Tensor, title: str) -> go.Figure:
+    """The same magnitudes as a landscape to turn around: an outlier channel is a ridge, an outlier token a wall.
+
+    ``x [T, K]``, shrunk by block maxima to at most 48 x 128 points.
+    """
+    pooled, high, wide = pool_max(x, 48, 128)
+    surface = go.Surface(
+        z=pooled.numpy().round(4),
+        x=list(range(0, x.shape[1], wide)),
+        y=list(range(0, x.shape[0], high)),
+        colorscale=SEQUENTIAL,
+        colorbar={"title": {"text": "|x|", "side": "right"}, "thickness": 14, "len": 0.7},
+        hovertemplate="channel %{x}<br>token %{y}<br>|x| = %{z:.3g}<extra></extra>",
+    )
+    figure = _layout(go.Figure(surface), title, height=520, margin={"l": 10, "r": 10, "t": 72, "b": 10})
+    return figure.update_scenes(
+        xaxis_title="channel (index)",
+        yaxis_title="token (position)",
+        zaxis_title="magnitude |x|",
+        aspectmode="manual",
+        aspectratio={"x": 1.6, "y": 0.9, "z": 0.7},
+        camera={"eye": {"x": -1.15, "y": -1.6, "z": 0.95}, "center": {"x": 0, "y": 0, "z": -0.22}},
+    )
+
+
+def channel_profile(profiles: Mapping[str, torch.Tensor], title: str, log: bool = True, ranked: bool = False) -> go.Figure:
+    """Largest magnitude of every channel, one line per entry of ``profiles`` (name -> ``[K]``).
+
+    By channel index, where the same spike in every line means a fixed channel; or ``ranked`` from largest to smallest,
+    where a cliff at the left is what a quantiser has to pay for.
+    """
+    figure = go.Figure()
+    for index, (name, values) in enumerate(profiles.items()):
+        values = values.detach().float().flatten()
+        values = values.sort(descending=True).values if ranked else values
+        figure.add_scatter(
+            y=_numbers(values.clamp(min=1e-12) if log else values),
+            name=name,
+            mode="lines",
+            line={"width": 1.6, "color": PALETTE[index % len(PALETTE)]},
+            hovertemplate=f"{name}<br>channel %{{x}}<br>largest |x| = %{{y:.3g}}<extra></extra>",
+        )
+    axis = "channel, by rank (largest first)" if ranked else "channel (index)"
+    _layout(figure, title, axis, "largest |x| over all tokens" + (" (log scale)" if log else ""), showlegend=True)
+    return figure.update_yaxes(**_log_axis(list(profiles.values()))) if log else figure
+
+
+def key_strips(keys: torch.Tensor, title: str = "Keys: largest magnitude of every channel, head by head") -> go.Figure:
+    """One strip of bars per head; RoPE turns channel ``i`` together with ``i + D / 2``, and both halves share a colour.
+
+    ``keys [H, T, D]`` (after RoPE; or values, to compare). The dashed line is the head's median channel. The largest channel
+    and its RoPE partner are labelled.
+    """
+    if keys.ndim != 3:
+        raise ValueError(f"keys: expected [heads, tokens, head_dim], got shape {list(keys.shape)}")
+    largest = keys.detach().float().abs().amax(1)  # [H, D]
+    heads, width = largest.shape
+    figure = make_subplots(rows=heads, cols=1, shared_xaxes=True, vertical_spacing=0.09)
+    for head in range(heads):
+        values = largest[head]
+        top = int(values.argmax())
+        partner = (top + width // 2) % width
+        for half, name in enumerate(("first half: i", "second half: i + D/2")):
+            span = range(half * width // 2, (half + 1) * width // 2)
+            figure.add_bar(
+                x=list(span),
+                y=_numbers(values[span.start : span.stop]),
+                name=name,
+                legendgroup=name,
+                showlegend=head == 0,
+                marker={"color": PALETTE[half], "line": {"width": 0}},
+                hovertemplate=f"head {head}<br>channel %{{x}}<br>largest |x| = %{{y:.3g}}<extra></extra>",
+                row=head + 1,
+                col=1,
+            )
+        figure.add_hline(y=float(values.median()), line={"dash": "dash", "width": 1.5, "color": _INK}, row=head + 1, col=1)
+        for channel, text in ((top, f"{top}"), (partner, f"{partner} (partner)")):
+            figure.add_annotation(
+                x=channel,
+                y=float(values[channel]),
+                text=text,
+                showarrow=False,
+                yshift=9,
+                bgcolor="white",
+                borderpad=0,
+                row=head + 1,
+                col=1,
+            )
+        figure.update_yaxes(title_text=f"head {head}<br>largest |x|", row=head + 1, col=1)
+        figure.update_yaxes(range=[0, 1.18 * float(values.max())], row=head + 1, col=1)
+    _layout(figure, title, height=150 + 170 * heads, bargap=0.15, legend=_legend_above())
+    return figure.update_xaxes(title_text="channel within the head (index)", row=heads, col=1)
+
+
+def _legend_above() -> dict[str, object]:
+    return {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"}
+
+
+# --- grids ----------------------------------------------------------------------------------------------------------------
+
+
+def histogram_with_grid(
+    values: torch.Tensor, grid_points: torch.Tensor, title: str, x: str = "value (units of the tensor)", bins: int = 80
+) -> go.Figure:
+    """Histogram of ``values`` with one vertical line per value that the quantiser can represent (``grid_points``).
+
+    Lines far apart where the values crowd are wasted bits.
+    """
+    values = values.detach().float().flatten()
+    low, high = float(values.min()), float(values.max())
+    counts = torch.histc(values, bins, low, high)
+    width = (high - low) / bins
+    figure = go.Figure()
+    figure.add_bar(
+        x=_numbers(low + width * (torch.arange(bins) + 0.5)),
+        y=[int(c) for c in counts],
+        width=width,
+        name="values",
+        marker={"color": PALETTE[5], "line": {"width": 0}},
+        hovertemplate="around %{x:.3g}: %{y} values<extra></extra>",
+    )
+    points = grid_points.detach().double().flatten().unique()
+    lines_x: list[float | None] = []
+    lines_y: list[float | None] = []
+    for point in _numbers(points):
+        lines_x += [point, point, None]
+        lines_y += [0, float(counts.max()), None]
+    figure.add_scatter(
+        x=lines_x,
+        y=lines_y,
+        mode="lines",
+        name=f"representable ({len(points)} values)",
+        line={"color": PALETTE[1], "width": 1.3},
+        hovertemplate="grid point %{x:.3g}<extra></extra>",
+    )
+    return _layout(figure, title, x, "count (values per bin)", legend=_legend_above(), bargap=0)
+
+
+def grid_lines(grids: Mapping[str, torch.Tensor], title: str, x: str = "value") -> go.Figure:
+    """The representable values of several grids under each other, one row of ticks per entry (name -> points)."""
+    figure = go.Figure()
+    for index, (name, points) in enumerate(grids.items()):
+        ordered = _numbers(points.double().flatten().unique())
+        figure.add_scatter(
+            x=ordered,
+            y=[f"{name}<br>({len(ordered)} values)"] * len(ordered),
+            mode="markers",
+            showlegend=False,
+            marker={
+                "symbol": "line-ns",
+                "size": 22,
+                "line": {"width": 1.6, "color": PALETTE[index % len(PALETTE)]},
+            },
+            hovertemplate=f"{name}: %{{x:.4g}}<extra></extra>",
+        )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return _layout(figure, title, x, "grid", height=150 + 70 * len(grids))
+
+
+def staircase(values: torch.Tensor, decoded: torch.Tensor, title: str, codes: torch.Tensor | None = None) -> go.Figure:
+    """What goes in against what comes back: the closer the stairs hug the diagonal, the smaller the error.
+
+    ``values`` and ``decoded`` of one shape; ``codes`` are shown on hovering.
+    """
+    order = values.detach().flatten().argsort()
+    sorted_values, sorted_decoded = values.flatten()[order], decoded.flatten()[order]
+    ends = [float(sorted_values[0]), float(sorted_values[-1])]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", name="no error", line={"color": _MUTED, "dash": "dash", "width": 1.5}, hoverinfo="skip"
+    )
+    figure.add_scatter(
+        x=_numbers(sorted_values),
+        y=_numbers(sorted_decoded),
+        mode="lines+markers",
+        name="decoded",
+        line={"color": PALETTE[0], "width": 1.6, "shape": "hvh"},
+        marker={"size": 6},
+        customdata=None if codes is None else [int(c) for c in codes.flatten()[order]],
+        hovertemplate="%{x:.4g} -> %{y:.4g}" + ("" if codes is None else " (code %{customdata})") + "<extra></extra>",
+    )
+    return _layout(figure, title, "value before quantisation", "value after dequantisation", legend=_legend_above())
+
+
+def group_size_curve(table: pd.DataFrame, title: str = "Smaller groups: less error, more bits") -> go.Figure:
+    """Error against storage: one point per row of ``table``, joined in order.
+
+    Columns: ``label`` (group size), ``bits`` (bits per weight, scales and zeros included), ``sqnr_db``; an optional
+    ``kind`` splits the points into several lines.
+    """
+    figure = go.Figure()
+    kinds = list(dict.fromkeys(table["kind"])) if "kind" in table else [""]
+    for index, kind in enumerate(kinds):
+        part = table[table["kind"] == kind] if kind else table
+        figure.add_scatter(
+            x=_numbers(torch.tensor(part["bits"].to_list())),
+            y=_numbers(torch.tensor(part["sqnr_db"].to_list())),
+            text=[str(label) for label in part["label"]],
+            mode="lines+markers+text",
+            textposition="top center" if index == 0 else "bottom center",
+            name=kind,
+            showlegend=len(kinds) > 1,
+            cliponaxis=False,
+            line={"color": PALETTE[index % len(PALETTE)], "width": 2},
+            marker={"size": 9},
+            hovertemplate="%{text}<br>%{x:.3f} bits per weight<br>%{y:.2f} dB<extra></extra>",
+        )
+    low, high = float(table["sqnr_db"].min()), float(table["sqnr_db"].max())
+    figure.update_yaxes(range=[low - 0.2 * (high - low) - 0.1, high + 0.25 * (high - low) + 0.1])
+    return _layout(
+        figure, title, "storage (bits per weight, scales included)", "weight SQNR (dB, higher is better)",
+        legend=_legend_above(),
+    )  # fmt: skip
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------------
+
+
+def error_by_layer(report: pd.DataFrame, title: str = "Output error of every layer, stage by stage") -> go.Figure:
+    """One line per stage over the layers; the higher the line, the closer the quantised layer is to the exact one.
+
+    ``report``: columns ``stage``, ``layer``, ``weight_mse``, ``weight_nmse``, ``output_sqnr_db``, ``seconds``, as in
+    `pipeline.QuantizedModel.report`.
+    """
+    figure = go.Figure()
+    for index, stage in enumerate(dict.fromkeys(report["stage"])):
+        part = report[report["stage"] == stage].sort_values("layer")
+        figure.add_scatter(
+            x=part["layer"].to_list(),
+            y=_numbers(torch.tensor(part["output_sqnr_db"].to_list())),
+            customdata=[float(f"{v:.3g}") for v in part["weight_nmse"]],
+            name=stage.replace("_", " "),
+            mode="lines+markers",
+            line={"color": PALETTE[index % len(PALETTE)], "width": 2, "dash": "dot" if index == 0 else "solid"},
+            marker={"size": 8, "symbol": index},
+            hovertemplate="layer %{x}: %{y:.2f} dB<br>relative weight error %{customdata}<extra>%{fullData.name}</extra>",
+        )
+    _layout(figure, title, "layer (index)", "output SQNR (dB, higher is better)", showlegend=True)
+    figure.update_layout(legend={"title": {"text": "after the stage"}})
+    layers = int(report["layer"].max()) + 1 if len(report) else 1
+    return figure.update_xaxes(dtick=1 if layers <= 16 else None)
+
+
+def waterfall(report: pd.DataFrame, title: str = "What each stage changes, averaged over the layers") -> go.Figure:
+    """Gain or loss of every stage in output SQNR (dB), from the first row's state to the finished model.
+
+    ``report`` as for `error_by_layer`; stages in order of appearance.
+    """
+    mean = report.groupby("stage", sort=False)["output_sqnr_db"].mean()
+    steps = _numbers(torch.tensor([mean.iloc[0], *mean.diff().iloc[1:], mean.iloc[-1]]))
+    names = [*[s.replace("_", " ") for s in mean.index], "finished"]
+    last = len(steps) - 1
+    figure = go.Figure(
+        go.Waterfall(
+            x=names,
+            y=steps,
+            measure=["absolute", *["relative"] * (last - 1), "total"],
+            text=[f"{v:.1f}" if i in (0, last) else f"{v:+.1f}" for i, v in enumerate(steps)],
+            textposition="outside",
+            cliponaxis=False,
+            connector={"line": {"color": _MUTED, "width": 1}},
+            increasing={"marker": {"color": PALETTE[2]}},
+            decreasing={"marker": {"color": PALETTE[1]}},
+            totals={"marker": {"color": PALETTE[0]}},
+            hovertemplate="%{x}: %{text} dB<extra></extra>",
+        )
+    )
+    low, high = float(mean.min()), float(mean.max())
+    figure.update_yaxes(range=[max(0.0, low - 0.6 * (high - low) - 1), high + 0.2 * (high - low) + 0.5])
+    return _layout(figure, title, "stage", "mean output SQNR (dB)", showlegend=False)
+
+
+def ladder(table: pd.DataFrame, title: str = "Perplexity, rung by rung") -> go.Figure:
+    """Perplexity after every rung of a ladder of recipes, one panel per model: the shorter the arm, the better.
+
+    ``table``: columns ``step`` (name of the rung, in order), ``perplexity``, ``change`` (against the rung before),
+    ``model`` and ``fp16`` (that model's reference, the dashed line that the arms start from).
+    """
+    models, steps = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["step"]))
+    figure = make_subplots(rows=1, cols=len(models), shared_yaxes=True, horizontal_spacing=0.05)
+    for column, model in enumerate(models, 1):
+        part = table[table["model"] == model]
+        values = [float(v) for v in part["perplexity"]]
+        reference, colour = float(part["fp16"].iloc[0]), PALETTE[(column - 1) % len(PALETTE)]
+        arms_x: list[float | None] = []
+        arms_y: list[str | None] = []
+        for value, step in zip(values, part["step"], strict=True):
+            arms_x += [reference, value, None]
+            arms_y += [step, step, None]
+        figure.add_scatter(
+            x=arms_x, y=arms_y, mode="lines", line={"color": colour, "width": 5}, opacity=0.45, hoverinfo="skip",
+            row=1, col=column,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=values,
+            y=part["step"].to_list(),
+            text=[
+                f" {v:.2f}" + ("" if math.isnan(c) else f"  ({c:+.2f})")
+                for v, c in zip(values, [float(c) for c in part["change"]], strict=True)
+            ],
+            mode="markers+text",
+            textposition="middle right",
+            textfont={"size": 12},
+            name=model,
+            cliponaxis=False,
+            marker={"size": 10, "color": colour},
+            hovertemplate="%{y}<br>perplexity %{text}<extra></extra>",
+            row=1,
+            col=column,
+        )
+        figure.add_vline(x=reference, line={"dash": "dash", "color": _INK, "width": 1.5}, row=1, col=column)
+        low, high = min([*values, reference]), max([*values, reference])
+        if high > 5 * low:
+            axis = _log_axis([torch.tensor([low, high])])
+            axis["range"] = [math.log10(low) - 0.05, math.log10(high) + 0.6 * math.log10(high / low)]
+        else:
+            span = max(high - low, 0.02 * low)
+            axis = {"range": [low - 0.06 * span, high + 0.6 * span]}
+        figure.update_xaxes(
+            title_text=f"perplexity of the {model} model<br>(lower is better; dashed: fp16, {reference:.2f})",
+            row=1,
+            col=column,
+            **axis,
+        )
+    figure.update_yaxes(categoryorder="array", categoryarray=steps, autorange="reversed")
+    _layout(figure, title, height=170 + 36 * len(steps), showlegend=False)
+    return figure.update_yaxes(title_text="rung (each adds to the one above)", col=1)
+
+
+# --- why four, eight and four ---------------------------------------------------------------------------------------------
+
+
+def stacked_bytes(table: pd.DataFrame, title: str, unit: str = "MiB") -> go.Figure:
+    """Stacked horizontal bars: one bar per value of ``format``, one colour per ``part``, lengths from ``size`` (in
+    ``unit``)."""
+    figure = go.Figure()
+    for index, part in enumerate(dict.fromkeys(table["part"])):
+        rows = table[table["part"] == part]
+        sizes = [float(v) for v in rows["size"]]
+        figure.add_bar(
+            x=_numbers(torch.tensor(sizes)),
+            y=rows["format"].to_list(),
+            name=part,
+            orientation="h",
+            marker={"color": PALETTE[index % len(PALETTE)]},
+            text=[f"{v:.3g}" for v in sizes],
+            textposition="inside",
+            insidetextanchor="middle",
+            hovertemplate=f"{part}: %{{x:.3g}} {unit}<extra>%{{y}}</extra>",
+        )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    bars = table["format"].nunique()
+    return _layout(
+        figure, title, f"size ({unit})", "format", barmode="stack", height=190 + 46 * bars, legend=_legend_above()
+    )
+
+
+def roofline(table: pd.DataFrame, title: str, x: str, y: str) -> go.Figure:
+    """Attainable speed against intensity, log-log, one roof per value of ``precision``; columns ``intensity``, ``speed``.
+
+    The slope is memory's limit, the flat part arithmetic's.
+    """
+    figure = go.Figure()
+    for index, precision in enumerate(dict.fromkeys(table["precision"])):
+        part = table[table["precision"] == precision]
+        figure.add_scatter(
+            x=_numbers(torch.tensor(part["intensity"].to_list())),
+            y=_numbers(torch.tensor(part["speed"].to_list())),
+            name=precision,
+            mode="lines",
+            line={
+                "color": PALETTE[index % len(PALETTE)],
+                "width": 2.5,
+                "dash": ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")[index % 6],
+            },
+            hovertemplate="%{x:.3g} -> %{y:.3g}<extra>%{fullData.name}</extra>",
+        )
+    _layout(figure, title, x, y)
+    figure.update_xaxes(type="log")
+    return figure.update_yaxes(type="log")
+
+
+# --- several figures in one -----------------------------------------------------------------------------------------------
+
+
+def with_slider(figures: Mapping[str, go.Figure], prefix: str, start: str | None = None) -> go.Figure:
+    """One figure with a slider that swaps between ``figures`` (label -> Figure), inside the browser, without a kernel.
+
+    It keeps working in a saved HTML page. All figures need the same number of traces. ``prefix`` names what the slider
+    chooses, as in "layer: "; ``start`` is the label shown first (default: the first one).
+    """
+    labels = list(figures)
+    if len({len(f.data) for f in figures.values()}) != 1:
+        raise ValueError("figures: a slider swaps traces one for one, so every figure needs the same number of traces")
+    start = labels[0] if start is None else start
+    base = go.Figure(figures[start])
+    base.frames = [
+        go.Frame(name=label, data=f.data, layout=_moving_parts(f), traces=list(range(len(f.data))))
+        for label, f in figures.items()
+    ]
+    options = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    slider = {
+        "active": labels.index(start),
+        "currentvalue": {"prefix": prefix, "font": {"size": 14}},
+        "pad": {"t": 44, "b": 4},
+        "steps": [{"label": label, "method": "animate", "args": [[label], options]} for label in labels],
+    }
+    height = (base.layout.height or TEMPLATE.layout.height) + 90
+    return base.update_layout(sliders=[slider], height=height)
+
+
+def _moving_parts(figure: go.Figure) -> dict[str, object]:
+    """What a frame has to change beside its traces: the title, axis ranges and titles, marks; not template or size."""
+    layout: dict[str, object] = figure.layout.to_plotly_json()
+    kept: Sequence[str] = ("title", "annotations", "shapes")
+    return {k: v for k, v in layout.items() if k in kept or k.startswith(("xaxis", "yaxis"))}
