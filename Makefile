@@ -25,8 +25,8 @@ lab: setup  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 test: setup lint  ## everything CI runs: lint, unit tests, doctests, notebooks
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:doctest -o addopts= --nbval --nbval-current-env \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:doctest -o addopts= --nbval --nbval-current-env \
 	  --nbval-cell-timeout=120 --nbval-sanitize-with=notebooks/nbval_sanitize.cfg notebooks
 
 lint: setup  ## ruff and mypy

@@ -35,7 +35,7 @@ def require_ids(name: str, ids: torch.Tensor, vocabulary: int) -> None:
 
 
 @torch.no_grad()
-def first_inputs(model: nn.Module, ids: torch.Tensor, batch_size: int = 4) -> list[Batch]:
+def first_inputs(model: nn.Module, ids: torch.Tensor, batch_size: int = 2) -> list[Batch]:
     """Inputs of the first block for token ids ``[n, length]``, in batches."""
     batches: list[Batch] = []
 

@@ -32,11 +32,11 @@ def check_outlier_ratio(outlier_ratio: Callable[[torch.Tensor], float]) -> None:
     """``outlier_ratio(x [T, K])`` -> largest channel over median channel, a channel being as large as its largest |x|."""
     x = torch.tensor([[1.0, -2.0, 0.5, -40.0, 3.0], [-2.0, 1.0, 1.0, 10.0, 1.0]])
     got = float(outlier_ratio(x))
-    assert abs(got - 10 / 2) > 1e-6, "the outlier is -40, not 10: take magnitudes before you look for the largest"
-    assert abs(got - 40 / 1.5) > 1e-6, (
-        "40 is over the median of all numbers; reduce every channel (column) to its largest magnitude first, then take the median"
+    assert got != 10, "the outlier is -40, not 10: take magnitudes before you look for the largest"
+    assert got != 40 and abs(got - 40 / 1.5) > 1e-4, (
+        "your median is that of all numbers; reduce every channel (column) to its largest magnitude first"
     )
-    assert abs(got - 40 / 21.5) > 1e-6, "you reduced over channels (rows); the tokens are what a channel is reduced over"
+    assert got not in (4.0, 1.6), "you reduced every token (row); a channel is a column, reduced over all tokens"
     assert abs(got - 20) < 1e-4, f"channels are as large as [2, 2, 1, 40, 3]: median 2, so the ratio is 20, got {got:g}"
     print("check_outlier_ratio: passed")
 
@@ -56,13 +56,11 @@ def check_per_token_int8(quantize: Callable[[torch.Tensor], Pair]) -> None:
     expected = [[50, -127, 0, 1], [127, 1, -50, 2]]
     assert codes.tolist() == expected, f"expected codes {expected}, got {codes.tolist()} (round, do not truncate)"
     codes, scales = quantize(torch.zeros(1, 4))
-    assert bool(torch.isfinite(scales).all()) and not codes.any(), (
-        "an all-zero token has max|x| = 0; give it scale 1, codes 0"
-    )
-    rows = torch.linspace(-3, 3, 64).view(4, 16)
+    assert float(scales[0]) > 0 and not codes.any(), "an all-zero token has max|x| = 0; give it scale 1, codes 0"
+    rows = torch.linspace(-3, 3, 4096).sin().view(8, 512)
     want = affine.quantize_per_token_s8(rows)
     assert torch.equal(quantize(rows)[0], want.codes), (
-        "codes differ from the library's: divide by the scale after it was rounded to fp16, as the kernel will multiply by that"
+        "codes differ from the library's: divide by the scale as rounded to fp16, which is what the kernel multiplies by"
     )
     print("check_per_token_int8: passed")
 
@@ -93,8 +91,11 @@ def check_group_scale(choose: Callable[[float, float], tuple[int, int]]) -> None
 def check_progressive_dequant(
     dequantize: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor],
 ) -> None:
-    """``dequantize(codes [N, K], group_scales [N, G], group_zeros [N, G], channel_scales [N], group_size)`` -> fp32 [N, K]."""
-    codes = torch.tensor([[0, 15, 7, 8], [3, 0, 15, 1]], dtype=torch.uint8)
+    """``dequantize(codes, group_scales, group_zeros, channel_scales, group_size)`` -> fp32 [N, K].
+
+    Shapes: codes [N, K], group scales and zeros [N, G], channel scales [N].
+    """
+    codes = torch.tensor([[0, 14, 7, 8], [3, 0, 15, 1]], dtype=torch.uint8)
     group_scales = torch.tensor([[16, 2], [1, 4]], dtype=torch.int8)
     group_zeros = torch.tensor([[7, 0], [0, 15]], dtype=torch.uint8)
     channel_scales = torch.tensor([0.5, 2.0], dtype=torch.float16)
@@ -106,11 +107,8 @@ def check_progressive_dequant(
         "uint8 has no negative numbers, convert the codes before you subtract"
     )
     assert float(got[0, 0]) != -3.5, "the group scale is missing: (code - zero) * group_scale * channel_scale"
-    assert float(got[0, 1]) == 64, (
-        f"(15 - 7) * 16 = 128, times 0.5 is 64; got {float(got[0, 1]):g}. (This group breaks the protective range on purpose: "
-        "128 does not fit int8, so multiply in a wider type here)"
-    )
-    expected = [[-56.0, 64.0, 7.0, 8.0], [6.0, 0.0, 0.0, -112.0]]
+    assert float(got[0, 1]) == 56, f"(14 - 7) * 16 = 112, times 0.5 is 56; got {float(got[0, 1]):g}"
+    expected = [[-56.0, 56.0, 7.0, 8.0], [6.0, 0.0, 0.0, -112.0]]
     assert float(got[0, 2]) == 7, (
         f"column 2 lies in group 2 // 2 = 1, whose scale is 2 and whose zero is 0: expected 7, got {float(got[0, 2]):g}"
     )

@@ -111,11 +111,10 @@ def choose_scales(
     first_level: FirstLevel = FirstLevel.UNROUNDED,
     ratio: torch.Tensor | float = 1.0,
 ) -> ProgressiveScales:
-    """Both levels of scales for ``weight [N, K]``; ``ratio`` (scalar or [N, G]) shrinks each group's range.
+    """Both levels of scales for a finite ``weight [N, K]``; ``ratio`` (scalar or [N, G]) shrinks each group's range.
 
-    Raises as `quantize` does.
+    Raises ValueError where ``group_size`` does not divide K or values are too large for fp16 scales.
     """
-    require_matrix("weight", weight)
     require_groups("weight", weight, group_size)
     grid = first_level_grid(zero)
     channel_scales = symmetric_scales(weight, grid).scales
@@ -150,6 +149,7 @@ def quantize(
     >>> w.codes.tolist(), w.group_scales.tolist(), w.group_zeros.tolist(), w.int8().tolist()
     ([[7, 14, 0, 10]], [[16]], [[7]], [[0, 112, -112, 48]])
     """
+    require_matrix("weight", weight)
     scales = choose_scales(weight, group_size, zero, first_level, ratio)
     return ProgressiveWeight(**vars(scales), codes=scales.encode(weight))
 

@@ -9,7 +9,6 @@ import torch
 
 from . import affine, progressive
 from .affine import Affine, AffineScales
-from .checks import require_matrix
 from .grids import INT8, Grid, Zero
 from .progressive import ProgressiveScales, ProgressiveWeight
 
@@ -38,8 +37,7 @@ class WeightFormat:
         return columns // self.group_size if self.kind is WeightKind.PROGRESSIVE_U4 else 1
 
     def choose(self, weight: torch.Tensor, ratio: torch.Tensor | float = 1.0) -> ProgressiveScales | AffineScales:
-        """Scales of ``weight [N, K]``; ``ratio`` is a scalar or ``[N, groups]`` and shrinks each range."""
-        require_matrix("weight", weight)
+        """Scales of a finite ``weight [N, K]``; ``ratio`` is a scalar or ``[N, groups]`` and shrinks each range."""
         if self.kind is WeightKind.PROGRESSIVE_U4:
             return progressive.choose_scales(weight, self.group_size, self.zero, ratio=ratio)
         row_ratio = ratio.squeeze(-1) if isinstance(ratio, torch.Tensor) and ratio.ndim == 2 else ratio

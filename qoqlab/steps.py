@@ -326,7 +326,7 @@ def reorder(context: Context) -> None:
 # --- clipping and GPTQ ----------------------------------------------------------------------------------------------------
 
 
-def clip(context: Context, count: int = 20, lowest: float = 0.5, block_count: int = 8) -> None:
+def clip(context: Context, count: int = 20, lowest: float = 0.5, block_count: int = 6) -> None:
     """Weight clipping (paper section 4.3.4): ``count`` ratios from 1 to ``lowest``, best one per row and group.
 
     v, o, gate, up and down are judged by their own output error; q and k, one ratio per matrix out of ``block_count``, by

@@ -245,6 +245,28 @@ def _legend_above() -> dict[str, object]:
     return {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"}
 
 
+def outlier_ratios(measured: Mapping[str, pd.DataFrame], title: str) -> go.Figure:
+    """Largest channel over median channel, one dot per layer and site, models side by side, logarithmic.
+
+    ``measured``: model name -> table of `outliers.measure`. At 1 all channels are alike; at 10 the median channel gets a
+    tenth of the levels.
+    """
+    figure = go.Figure()
+    for index, (name, table) in enumerate(measured.items()):
+        figure.add_scatter(
+            x=table["site"].to_list(),
+            y=_numbers(torch.tensor(table["ratio"].to_list())),
+            customdata=table["layer"].to_list(),
+            name=name,
+            mode="markers",
+            marker={"size": 11, "symbol": index, "opacity": 0.75, "color": PALETTE[index % len(PALETTE)]},
+            hovertemplate="layer %{customdata}, %{x}: %{y:.3g}<extra>%{fullData.name}</extra>",
+        )
+    _layout(figure, title, "site (what is quantised there)", "largest / median channel (ratio, log scale)")
+    figure.update_layout(scattermode="group", showlegend=True, legend=_legend_above())
+    return figure.update_yaxes(**_log_axis([torch.tensor(t["ratio"].to_list()) for t in measured.values()]))
+
+
 # --- grids ----------------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +351,24 @@ def staircase(values: torch.Tensor, decoded: torch.Tensor, title: str, codes: to
         hovertemplate="%{x:.4g} -> %{y:.4g}" + ("" if codes is None else " (code %{customdata})") + "<extra></extra>",
     )
     return _layout(figure, title, "value before quantisation", "value after dequantisation", legend=_legend_above())
+
+
+def overflow_counts(counts: Mapping[int, int], title: str = "How wide may the first level be?") -> go.Figure:
+    """Number of group extremes that can leave INT8, for each limit of the first level; the first bar above 0 ends it."""
+    figure = go.Figure(
+        go.Bar(
+            x=list(counts),
+            y=list(counts.values()),
+            text=[str(c) for c in counts.values()],
+            textposition="outside",
+            cliponaxis=False,
+            marker={"color": [PALETTE[2] if c == 0 else PALETTE[1] for c in counts.values()]},
+            hovertemplate="limit %{x}: %{y} overflowing cases<extra></extra>",
+        )
+    )
+    figure.update_xaxes(dtick=1, showgrid=False)
+    figure.update_yaxes(range=[0, 1.15 * max([1, *counts.values()])])
+    return _layout(figure, title, "limit of the first level (INT8 units)", "overflowing cases (count)", showlegend=False)
 
 
 def group_size_curve(table: pd.DataFrame, title: str = "Smaller groups: less error, more bits") -> go.Figure:

@@ -49,8 +49,12 @@ def explore(figure: Callable[..., go.Figure], **ranges: Range) -> Panel:
         fresh = figure(**{name: control.value for name, control in controls.items()})
         if len(fresh.data) != len(canvas.data):
             raise ValueError(f"figure: had {len(canvas.data)} traces, now has {len(fresh.data)}; keep their number fixed")
+        layout = fresh.layout.to_plotly_json()
+        layout.pop("template", None)  # the canvas has it; sending it again would be most of the message
         with canvas.batch_update():
-            canvas.update(data=[trace.to_plotly_json() for trace in fresh.data], layout=fresh.layout.to_plotly_json())
+            # lists are merged item by item, so marks that went away have to be cleared first
+            canvas.layout.annotations, canvas.layout.shapes = (), ()
+            canvas.update(data=[trace.to_plotly_json() for trace in fresh.data], layout=layout)
 
     for control in controls.values():
         control.observe(redraw, names="value")

@@ -168,7 +168,7 @@ def test_a_ratio_shrinks_the_range():
     ],
 )
 def test_bad_input_is_refused(quantize, argument, error):
-    with pytest.raises(error, match="x|weight"):
+    with pytest.raises(error, match=r"^(x|weight): "):
         quantize(argument)
 
 

@@ -66,7 +66,7 @@ def weights():
 
 
 @pytest.mark.parametrize("group_size", [64, 32, 8])
-@pytest.mark.parametrize(("zero", "first_level"), itertools.product(Zero, FirstLevel))
+@pytest.mark.parametrize(("zero", "first_level"), list(itertools.product(Zero, FirstLevel)))
 def test_equals_the_scalar_formula(zero, first_level, group_size):
     x = weights()
     w = progressive.quantize(x, group_size, zero, first_level)
@@ -136,7 +136,7 @@ def test_every_pair_of_first_level_integers_decodes_inside_int8(zero):
     assert torch.equal(w.group_zeros[:, 1].long(), z)
     assert torch.equal(w.codes[:, 4:].long(), codes)
     assert torch.equal(w.int8()[:, 4:].long(), decoded)  # int8 would differ from int64 if it had wrapped
-    assert -128 <= int(decoded.min()) and int(decoded.max()) <= 127
+    assert int(decoded.min()) >= -128 and int(decoded.max()) <= 127
     assert int(s.max()) == 16 and int((w.codes.long() * w.group_scales.long().repeat_interleave(4, 1)).max()) <= 240
 
 
@@ -159,7 +159,7 @@ def test_unrounded_first_level_stays_inside_int8_too(zero):
     anchor = torch.tensor([limit, 0.0]).expand(len(rows), -1)
     w = progressive.quantize(torch.cat([anchor, rows], 1), group_size=2, zero=zero)
     decoded = wide(w)
-    assert -128 <= int(decoded.min()) and int(decoded.max()) <= 127
+    assert int(decoded.min()) >= -128 and int(decoded.max()) <= 127
     assert torch.equal(w.int8().long(), decoded)
 
 
@@ -190,7 +190,8 @@ def test_rounding_the_first_level_changes_a_small_share_of_the_codes():
     plain, rounded = (progressive.quantize(x, first_level=level) for level in FirstLevel)
     share = (plain.codes != rounded.codes).float().mean().item()
     assert 0 < share < 0.05  # "about 2 %"
-    assert (plain.int8().int() - rounded.int8().int()).abs().max() <= 33  # at most one code and one scale step apart
+    # each is within 16 / 2 + 7.5 of its own first level (see the error bound), and those are half an integer apart
+    assert (plain.int8().int() - rounded.int8().int()).abs().max() <= 31
 
 
 def test_zero_rows_decode_to_zeros():
@@ -260,7 +261,7 @@ def test_shapes_dtypes_and_ranges(rows, groups, group_size, dtype, zero, exponen
     w = progressive.quantize(x, group_size, zero)
     assert torch.equal(x, before)
     assert w.shape == x.shape and w.group_scales.shape == w.group_zeros.shape == (rows, groups)
-    assert int(w.codes.max()) <= 15 and 1 <= int(w.group_scales.min()) and int(w.group_scales.max()) <= 16
+    assert int(w.codes.max()) <= 15 and int(w.group_scales.min()) >= 1 and int(w.group_scales.max()) <= 16
     assert torch.equal(w.int8().long(), wide(w))
     assert torch.equal(w.codes, progressive.quantize(x.float(), group_size, zero).codes)
     assert w.dequantize(dtype).dtype == dtype

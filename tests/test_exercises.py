@@ -1,0 +1,143 @@
+"""Every check accepts the library's own answer, lets the stub through, and meets likely mistakes with a useful sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qoqlab import affine, exercises, packing, progressive
+from qoqlab.progressive import FirstLevel, ProgressiveWeight, Zero
+
+
+def cache_bytes(layers, kv_heads, head_dim, tokens, bits):
+    return 2 * layers * kv_heads * head_dim * tokens * bits / 8
+
+
+def outlier_ratio(x):
+    channels = x.abs().amax(0)
+    return channels.max() / channels.median()
+
+
+def per_token_int8(x):
+    a = affine.quantize_per_token_s8(x)
+    return a.codes, a.scales
+
+
+def group_scale(low, high):
+    row = torch.tensor([[low, high, 119.0, -119.0]])  # the second group pins the channel scale to 1
+    scales = progressive.choose_scales(row, group_size=2)
+    return int(scales.group_scales[0, 0]), int(scales.group_zeros[0, 0])
+
+
+def progressive_dequant(codes, group_scales, group_zeros, channel_scales, group_size):
+    parts = (channel_scales, group_scales, group_zeros, group_size, Zero.INTEGER, FirstLevel.UNROUNDED)
+    return ProgressiveWeight(*parts, codes=codes).dequantize()
+
+
+ANSWERS = [
+    (exercises.check_cache_bytes, cache_bytes),
+    (exercises.check_outlier_ratio, outlier_ratio),
+    (exercises.check_per_token_int8, per_token_int8),
+    (exercises.check_group_scale, group_scale),
+    (exercises.check_progressive_dequant, progressive_dequant),
+    (exercises.check_pack_u4, packing.pack_u4),
+]
+
+
+def test_every_check_is_covered():
+    assert {check.__name__ for check, _ in ANSWERS} == {n for n in vars(exercises) if n.startswith("check_")}
+
+
+@pytest.mark.parametrize(("check", "answer"), ANSWERS, ids=lambda f: f.__name__)
+def test_accepts_the_library(check, answer, capsys):
+    check(answer)
+    assert capsys.readouterr().out == f"{check.__name__}: passed\n"
+
+
+@pytest.mark.parametrize("check", [check for check, _ in ANSWERS], ids=lambda f: f.__name__)
+def test_lets_the_stub_through(check):
+    def stub(*_args):
+        raise NotImplementedError("your turn")
+
+    with pytest.raises(NotImplementedError, match="your turn"):
+        check(stub)
+
+
+def symmetric(x, reduced, levels=127, dtype=torch.float16):
+    scale = (x.abs().amax(reduced, keepdim=True) / levels).to(dtype)
+    return scale, (x / scale.float()).round()
+
+
+def no_zero_token(x):
+    scale, codes = symmetric(x, -1)
+    return codes.nan_to_num().to(torch.int8), scale[:, 0]
+
+
+def truncated(x):
+    scale, _ = symmetric(x, -1)
+    return (x / scale.float()).trunc().to(torch.int8), scale[:, 0]
+
+
+def per_channel(x):
+    scale, codes = symmetric(x, 0)
+    return codes.to(torch.int8), scale[0]
+
+
+def per_tensor(x):
+    scale, codes = symmetric(x, (0, 1))
+    return codes.to(torch.int8), scale.flatten()
+
+
+def by_128(x):
+    scale, codes = symmetric(x, -1, 128)
+    return codes.clamp(-128, 127).to(torch.int8), scale[:, 0]
+
+
+def unrounded_scale(x):
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    scale[scale == 0] = 1
+    return (x / scale).round().to(torch.int8), scale[:, 0].half()
+
+
+def dequant(codes, s1, z, s0, size, cast=True, use_s1=True, tiled=False):
+    if cast:
+        codes, z = codes.int(), z.int()
+    expand = (lambda t: t.repeat(1, size)) if tiled else (lambda t: t.repeat_interleave(size, 1))
+    value = codes - expand(z)
+    return (value * expand(s1) if use_s1 else value).float() * s0.float()[:, None]
+
+
+MISTAKES = [
+    (exercises.check_cache_bytes, lambda *a: cache_bytes(*a) / 2, "factor 2"),
+    (exercises.check_cache_bytes, lambda *a: cache_bytes(*a) * 8, "number of bits"),
+    (exercises.check_cache_bytes, lambda n, h, d, t, bits: 2 * n * h * d * t * max(1, bits // 8), "share a byte"),
+    (exercises.check_outlier_ratio, lambda x: x.amax(0).max() / x.amax(0).median(), "magnitudes"),
+    (exercises.check_outlier_ratio, lambda x: x.abs().max() / x.abs().median(), "all numbers"),
+    (exercises.check_outlier_ratio, lambda x: x.abs().amax(1).max() / x.abs().amax(1).median(), "column"),
+    (exercises.check_per_token_int8, per_tensor, "one scale for both"),
+    (exercises.check_per_token_int8, per_channel, "per channel"),
+    (exercises.check_per_token_int8, by_128, "by 127"),
+    (exercises.check_per_token_int8, truncated, "do not truncate"),
+    (exercises.check_per_token_int8, no_zero_token, "all-zero token"),
+    (exercises.check_per_token_int8, unrounded_scale, "rounded to fp16"),
+    (exercises.check_group_scale, lambda a, b: (round((b - a) / 16), round(-a / round((b - a) / 16))), "not by 16"),
+    (exercises.check_group_scale, lambda a, b: (round((b - a) / 15), round(a / round((b - a) / 15))), "positive here"),
+    (exercises.check_group_scale, lambda a, b: (round((b - a) / 15), round(-a / round((b - a) / 15))), "hold 0"),
+    (
+        exercises.check_group_scale,
+        lambda a, b: (round((max(b, 0) - min(a, 0)) / 15), round(-min(a, 0) / max(round((max(b, 0) - min(a, 0)) / 15), 1))),
+        "all-zero group",
+    ),
+    (exercises.check_progressive_dequant, lambda *a: dequant(*a, cast=False), "no negative numbers"),
+    (exercises.check_progressive_dequant, lambda *a: dequant(*a, use_s1=False), "group scale is missing"),
+    (exercises.check_progressive_dequant, lambda *a: dequant(*a, tiled=True), "group|16 = 112"),
+    (exercises.check_pack_u4, lambda c: c[1::2] | (c[::2] << 4), "low nibble"),
+    (exercises.check_pack_u4, lambda c: c[:8] | (c[8:] << 4), "pairs 0 with 8"),
+    (exercises.check_pack_u4, lambda c: c, "fill 8 bytes"),
+]
+
+
+@pytest.mark.parametrize(("check", "wrong", "sentence"), MISTAKES, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_meets_mistakes_with_a_sentence(check, wrong, sentence):
+    with pytest.raises(AssertionError, match=sentence):
+        check(wrong)

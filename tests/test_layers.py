@@ -1,0 +1,107 @@
+"""Layers: a module imports only from layers above its own, and importing the package stays cheap."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "qoqlab"
+
+#: Top to bottom. A module may import from every line above, and from names further left on its own line.
+LAYERS = [
+    ["grids", "checks"],
+    ["affine", "packing"],
+    ["progressive", "kv", "hadamard", "transforms"],
+    ["reference"],
+    ["schemes", "clipping", "gptq"],
+    ["architecture", "attention", "capture", "bundled"],
+    ["runtime", "steps", "outliers", "recipes"],
+    ["pipeline"],
+    ["formats", "hf", "evaluate"],
+    ["roofline", "sweep", "viz", "exercises"],
+    ["widgets"],
+    ["tour"],
+]
+ORDER = [name for layer in LAYERS for name in layer]
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports(source, package="qoqlab"):
+    """Everything that a module imports anywhere, inside functions too: ``{"qoqlab.kv", "torch.nn", ...}``."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base == package else {base}
+    return found
+
+
+def own_imports(name):
+    """Names of the package's modules that a module imports."""
+    found = imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    return {full.split(".")[1] for full in found if full.startswith("qoqlab.")}
+
+
+def roots(name):
+    """Top-level names of all packages that a module imports."""
+    return {full.split(".")[0] for full in imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))}
+
+
+def test_the_reader_sees_every_form_of_import():
+    source = """
+from . import a, b
+from .c import x
+import qoqlab.d
+from qoqlab import e
+from qoqlab.f import y
+def g():
+    from .h import z
+    import plotly.express as px
+"""
+    assert imports(source) == {"plotly.express", *(f"qoqlab.{name}" for name in "abcdefh")}
+
+
+def test_every_module_has_a_layer():
+    assert len(ORDER) == len(set(ORDER))
+    assert set(MODULES) <= set(ORDER)
+    assert {"grids", "reference", "pipeline"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_above(name):
+    position = ORDER.index(name)
+    assert own_imports(name) <= {*ORDER[:position], "__version__"}
+
+
+def test_only_widgets_imports_ipywidgets():
+    assert {name for name in MODULES if roots(name) & {"ipywidgets", "anywidget"}} <= {"widgets"}
+
+
+def test_only_figures_import_plotly():
+    assert {name for name in MODULES if "plotly" in roots(name)} <= {"viz", "widgets", "tour"}
+
+
+def test_only_the_runtime_knows_the_kernels():
+    assert {name for name in MODULES if "qoqlab_kernels" in roots(name)} <= {"runtime"}
+
+
+@pytest.mark.parametrize("modules", ["qoqlab", "qoqlab.reference, qoqlab.gptq, qoqlab.clipping, qoqlab.transforms"])
+def test_importing_loads_nothing_heavy(modules):
+    heavy = ["plotly", "ipywidgets", "anywidget", "transformers", "numba", "pandas", "qoqlab_kernels"]
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    fresh = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (fresh.stdout.strip(), fresh.returncode) == ("[]", 0), fresh.stderr

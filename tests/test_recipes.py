@@ -1,0 +1,130 @@
+"""Recipes as data, and every preset on every family."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from qoqlab import recipes, steps
+from qoqlab.grids import INT8, UINT4
+from qoqlab.pipeline import REPORT_COLUMNS, QuantizedModel
+from qoqlab.recipes import PER_CHANNEL, PROGRESSIVE, Recipe, Step
+from qoqlab.schemes import Scheme, WeightFormat, WeightKind
+
+from .families import FAMILIES, logits, random_ids, relative_error
+
+#: Largest relative error of the logits. INT8 rounds each operand to about 1 %; a 4-bit weight of ~N(0, 1) has steps of
+#: 6 / 15 = 0.4 and so an error of 0.4 / sqrt(12) = 12 % per matrix, of which a token meets four in a row and block.
+ALLOWED = {"fp16": 0.0, "rtn-w8a8": 0.1}
+ALLOWED_W4 = 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", recipes.names())
+def test_every_preset_runs_on_every_family(preset: str, family: str, quantized, wide_model) -> None:
+    result = quantized(family, preset)
+    assert isinstance(result, QuantizedModel) and result.recipe == recipes.get(preset)
+    ids = random_ids(3, 24, seed=5)
+    error = relative_error(logits(result.model, ids), logits(wide_model(family), ids))
+    assert error <= ALLOWED.get(preset, ALLOWED_W4)
+    assert list(result.report.columns) == REPORT_COLUMNS
+    expected = ["round to nearest", *(step.name for step in result.recipe.steps)]
+    assert result.report.stage.tolist() == ([] if preset == "fp16" else expected * 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", ["qoq-g128", "qoq-per-channel"])
+def test_qoq_is_better_than_rounding_to_nearest(preset: str, family: str, quantized, wide_model) -> None:
+    ids = random_ids(3, 24, seed=5)
+    exact = logits(wide_model(family), ids)
+    rtn = "rtn-w4a8kv4-g128" if preset == "qoq-g128" else "rtn-w4a8kv4"
+    errors = {name: relative_error(logits(quantized(family, name).model, ids), exact) for name in (preset, rtn)}
+    assert errors[preset] < errors[rtn]
+
+
+def test_names_and_presets() -> None:
+    names = recipes.names()
+    required = {"fp16", "qoq-g128", "qoq-per-channel", "rtn-w4a8kv4-g128", "rtn-w4a8kv4"}
+    assert required <= set(names) and len(names) == len(set(names))
+    assert all(recipes.get(name).name == name and recipes.get(name).source for name in names)
+    assert recipes.get("fp16").scheme == Scheme() and not recipes.get("fp16").steps
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "stages"),
+    [
+        ("rtn-w4a8kv4", Scheme(PER_CHANNEL, INT8, UINT4), []),
+        ("rtn-w4a8kv4-g128", Scheme(PROGRESSIVE, INT8, UINT4), []),
+        (
+            "qoq-per-channel",
+            Scheme(PER_CHANNEL, INT8, UINT4),
+            ["rotate", "smooth_attention", "smooth_output", "clip"],
+        ),
+        (
+            "qoq-g128",
+            Scheme(PROGRESSIVE, INT8, UINT4),
+            ["rotate", "reorder", "smooth_attention", "smooth_output", "clip"],
+        ),
+    ],
+)
+def test_presets_are_what_their_names_say(name: str, scheme: Scheme, stages: list[str]) -> None:
+    recipe = recipes.get(name)
+    assert recipe.scheme == scheme and [step.name for step in recipe.steps] == stages
+    assert PROGRESSIVE.group_size == 128
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text"),
+    [
+        (Scheme(), "W16A16KV16"),
+        (Scheme(PROGRESSIVE, INT8, UINT4), "W4A8KV4 g128"),
+        (Scheme(PER_CHANNEL, INT8), "W4A8KV16"),
+        (Scheme(WeightFormat(WeightKind.CHANNEL_S8), INT8), "W8A8KV16"),
+        (Scheme(kv=UINT4), "W16A16KV4"),
+    ],
+)
+def test_a_scheme_prints_its_usual_name(scheme: Scheme, text: str) -> None:
+    assert str(scheme) == text
+
+
+def test_bits_count_scales_and_zeros() -> None:
+    assert PROGRESSIVE.bits_per_weight(4096) == 4 + 16 / 128 + 16 / 4096
+    assert PER_CHANNEL.bits_per_weight(4096) == 4 + 32 / 4096
+    assert Scheme(kv=UINT4).kv_bits_per_value(128) == 4.25
+    assert Scheme().kv_bits_per_value(128) == 16
+
+
+def test_the_ladder_adds_one_thing_at_a_time() -> None:
+    ladder = recipes.ladder()
+    assert len({recipe.name for recipe in ladder}) == len(ladder)
+    for before, after in zip(ladder, ladder[1:], strict=False):
+        more_steps = [step for step in after.steps if step not in before.steps]
+        assert (before.scheme != after.scheme) + len(more_steps) == 1
+        assert all(step in after.steps for step in before.steps)
+    assert ladder[-1].steps == recipes.get("qoq-g128").steps and ladder[-1].scheme == recipes.get("qoq-g128").scheme
+
+
+def test_a_recipe_is_extended_by_copying() -> None:
+    base = recipes.get("qoq-g128")
+    longer = base.with_steps("mine", Step(steps.gptq, {"damp": 0.1}))
+    assert longer.name == "mine" and longer.steps[:-1] == base.steps and len(base.steps) == 5
+    assert longer.steps[-1].parameters == {"damp": 0.1}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        base.name = "other"  # type: ignore[misc]
+
+
+def test_presets_cannot_be_changed_through_a_shared_object() -> None:
+    recipes.get("qoq-g128").steps[0].parameters["values"] = "broken"
+    try:
+        assert recipes.get("qoq-g128").steps[0].parameters == {}
+    finally:
+        recipes.get("qoq-g128").steps[0].parameters.pop("values", None)
+
+
+def test_unknown_names_and_parameters_are_refused() -> None:
+    with pytest.raises(KeyError, match=r"recipe: 'qoq' is not a preset; presets: fp16, .*qoq-g128"):
+        recipes.get("qoq")
+    with pytest.raises(TypeError, match=r"step rotate: .*unexpected keyword argument 'angle'"):
+        Step(steps.rotate, {"angle": 1})
+    assert Recipe("plain", Scheme()).steps == ()
