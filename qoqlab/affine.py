@@ -67,15 +67,30 @@ class Affine(AffineScales):
         return self.decode(self.codes).to(dtype)
 
 
-def symmetric_scales(x: torch.Tensor, grid: Grid = INT8, ratio: torch.Tensor | float = 1.0) -> AffineScales:
+def divide(x: torch.Tensor, by: int) -> torch.Tensor:
+    """``x / by`` correctly rounded on every device (CUDA multiplies by the reciprocal when given a Python number)."""
+    return x / torch.full_like(x, by)
+
+
+def to_scale(name: str, step: torch.Tensor) -> torch.Tensor:
+    """A step size rounded to fp16; 1 where it rounds to zero. Raises ValueError where fp16 cannot hold it."""
+    scale = step.half()
+    require_scale_fits(name, scale)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def symmetric_scales(x: torch.Tensor, grid: Grid = INT8, ratio: torch.Tensor | float = 1.0, name: str = "x") -> AffineScales:
     """One fp16 scale per row of ``x [..., K]`` such that ``ratio * max|x|`` meets the end of the grid; zero rows get 1."""
-    scale = (x.float().abs().amax(-1) * ratio / grid.high).half()
-    require_scale_fits("x", scale)
-    return AffineScales(torch.where(scale == 0, torch.ones_like(scale), scale), None, grid, Zero.INTEGER)
+    largest = x.float().abs().amax(-1) * ratio
+    return AffineScales(to_scale(name, divide(largest, grid.high)), None, grid, Zero.INTEGER)
 
 
 def asymmetric_scales(
-    x: torch.Tensor, grid: Grid = UINT4, zero: Zero = Zero.INTEGER, ratio: torch.Tensor | float = 1.0
+    x: torch.Tensor,
+    grid: Grid = UINT4,
+    zero: Zero = Zero.INTEGER,
+    ratio: torch.Tensor | float = 1.0,
+    name: str = "x",
 ) -> AffineScales:
     """One fp16 scale and one zero per row of ``x [..., K]``, covering ``ratio * (min, max)``.
 
@@ -85,13 +100,11 @@ def asymmetric_scales(
     low, high = x.float().amin(-1) * ratio, x.float().amax(-1) * ratio
     if zero is Zero.INTEGER:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = ((high - low) / grid.steps).half()
-    require_scale_fits("x", scale)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = to_scale(name, divide(high - low, grid.steps))
     if zero is Zero.INTEGER:
         return AffineScales(scale, grid.clamp(-low / scale.float()), grid, zero)
     zeros = (-low).half()
-    require_scale_fits("x", zeros)
+    require_scale_fits(name, zeros)
     return AffineScales(scale, zeros, grid, zero)
 
 
@@ -129,4 +142,4 @@ def quantize_per_channel_u4(weight: torch.Tensor, zero: Zero = Zero.INTEGER, rat
     ([[0, 5, 8, 15]], [5], 0.1)
     """
     require_matrix("weight", weight)
-    return quantize(weight, asymmetric_scales(weight, UINT4, zero, ratio))
+    return quantize(weight, asymmetric_scales(weight, UINT4, zero, ratio, "weight"))

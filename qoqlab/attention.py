@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .architecture import Block
 from .grids import Grid
 from .kv import quantize_kv
 
@@ -51,6 +52,17 @@ def state(module: nn.Module) -> AttentionState:
     if not isinstance(getattr(module, "qoq", None), AttentionState):
         module.qoq = AttentionState()  # type: ignore[assignment]
     return module.qoq  # type: ignore[return-value]
+
+
+def require_unquantized(blocks: tuple[Block, ...]) -> None:
+    """Raise TypeError naming the first linear or cache that is quantised already."""
+    for block in blocks:
+        for role, linear in block.linears():
+            if not isinstance(linear, nn.Linear):
+                kind = type(linear).__name__
+                raise TypeError(f"model: {block.name(role)} is a {kind}, expected an unquantised nn.Linear")
+        if getattr(getattr(block.attention, "qoq", None), "grid", None) is not None:
+            raise TypeError(f"model: the attention of layer {block.index} rounds its keys and values already")
 
 
 def install(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: Every third topic of the documentation is calibration text, the others are test text.
 CALIBRATION_EVERY = 3
+#: Topics quote each other; paragraphs longer than this that calibration text holds are left out of test text.
+QUOTE = 80
 
 
 def model_folder() -> Path:
@@ -45,7 +47,7 @@ def load_text(name: str, split: str) -> str:
     """Text for calibration or test.
 
     ``name``: "python-docs", the Python language reference that every interpreter carries (`pydoc_data.topics`), so its text,
-    and every number computed from it, depends on the Python version. ``split``: "calibration" or "test", disjoint topics.
+    and every number computed from it, depends on the Python version. ``split``: "calibration" or "test", disjoint topics without shared paragraphs.
 
     Raises ValueError for other names or splits.
     """
@@ -58,7 +60,11 @@ def load_text(name: str, split: str) -> str:
     chosen = [
         topics[key] for i, key in enumerate(sorted(topics)) if (i % CALIBRATION_EVERY == 0) == (split == "calibration")
     ]
-    return "\n\n".join(chosen)
+    if split == "calibration":
+        return "\n\n".join(chosen)
+    seen = {p.strip() for p in load_text(name, "calibration").split("\n\n")}
+    kept = [p for text in chosen for p in text.split("\n\n") if len(p.strip()) <= QUOTE or p.strip() not in seen]
+    return "\n\n".join(kept)
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> torch.Tensor:

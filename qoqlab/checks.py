@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 
@@ -47,7 +49,7 @@ def require_rows(name: str, value: torch.Tensor) -> None:
 
 def require_groups(name: str, value: torch.Tensor, group_size: int) -> None:
     """Raise ValueError unless the last dimension splits into groups of ``group_size``."""
-    if not isinstance(group_size, int) or group_size < 1:
+    if not isinstance(group_size, numbers.Integral) or group_size < 1:
         raise ValueError(f"group_size: expected a positive integer, got {group_size!r}")
     if value.shape[-1] % group_size:
         raise ValueError(
@@ -65,6 +67,8 @@ def require_codes(name: str, value: torch.Tensor, low: int, high: int) -> None:
 
 
 def require_scale_fits(name: str, scale: torch.Tensor) -> None:
-    """Raise ValueError when a scale overflowed its storage type."""
+    """Raise ValueError when a scale overflowed its storage type, or came out of NaN."""
+    if bool(scale.isnan().any()):
+        raise ValueError(f"{name}: holds NaN values; quantisation needs finite numbers")
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"{name}: values are too large for {scale.dtype} scales; rescale the tensor first")

@@ -17,7 +17,11 @@ from .pipeline import QuantizedModel
 
 
 def _plain(model: nn.Module | QuantizedModel) -> nn.Module:
-    return model.model if isinstance(model, QuantizedModel) else model
+    network = model.model if isinstance(model, QuantizedModel) else model
+    if not isinstance(network, nn.Module) or not hasattr(network, "get_input_embeddings"):
+        kind = type(model).__name__
+        raise TypeError(f"model: expected a Hugging Face causal language model or a QuantizedModel, got {kind}")
+    return network
 
 
 @torch.no_grad()

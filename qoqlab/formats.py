@@ -10,11 +10,10 @@ Nothing is unpickled and no code is loaded; sizes, digests, tensor names, shapes
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,8 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
     scheme, known = data["scheme"], {"rotate", "smooth_attention", "smooth_output", "reorder", "clip", "gptq"}
     form = scheme["weights"]
     weights = form and WeightFormat(WeightKind(form["kind"]), int(form["group_size"]), Zero(form["zero"]))
+    if weights and weights.group_size < 1:
+        raise ValueError(f"group_size: expected a positive integer, got {weights.group_size}")
     grid_of = {None: None, **_GRIDS}
     listed = []
     for entry in data["steps"]:
@@ -107,7 +108,8 @@ def save(quantized: QuantizedModel, folder: str | os.PathLike[str]) -> None:
         "architecture": type(quantized.model).__name__,
         "config": json.loads(quantized.model.config.to_json_string(use_diff=False)),  # type: ignore[union-attr, operator]
         "recipe": recipe_to_json(quantized.recipe),
-        "report": json.loads(quantized.report.to_json(orient="records", double_precision=15)),
+        "generation_config": quantized.model.generation_config.to_dict(),  # type: ignore[union-attr, operator]
+        "report": quantized.report.to_dict("records"),
         "weights": {"file": name, "bytes": len(payload), "sha256": digest},
     }
     _write_atomically(path / name, payload)
@@ -119,15 +121,16 @@ def save(quantized: QuantizedModel, folder: str | os.PathLike[str]) -> None:
 
 def _write_atomically(path: Path, payload: bytes) -> None:
     """Write beside ``path``, flush to disk, then rename over it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(beside, "xb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 # --- load -----------------------------------------------------------------------------------------------------------------
@@ -138,18 +141,21 @@ def load(folder: str | os.PathLike[str]) -> QuantizedModel:
 
     Raises `CheckpointError` (a ValueError) naming the file and what is wrong with it.
     """
+    from transformers import GenerationConfig
+
     path = Path(folder)
     manifest = _read_manifest(path / MANIFEST)
     payload = _read_weights(path, manifest["weights"])
     try:
         recipe = recipe_from_json(manifest["recipe"])
         model = _empty_model(manifest["architecture"], manifest["config"])
-        report = pd.read_json(io.StringIO(json.dumps(manifest["report"])), orient="records")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])
+        report = pd.DataFrame(manifest["report"], columns=REPORT_COLUMNS)
+    except Exception as error:  # a stranger's configuration can make transformers raise anything
         raise CheckpointError(f"{path / MANIFEST}: {type(error).__name__}: {error}") from error
     _fill(model, payload, recipe.scheme, path / manifest["weights"]["file"])
     attention.install(model)
-    return QuantizedModel(model.eval(), recipe, report.reindex(columns=REPORT_COLUMNS))
+    return QuantizedModel(model.eval(), recipe, report)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -163,7 +169,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a qoqlab checkpoint")
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{path}: schema {manifest.get('schema')!r}, this version reads {SCHEMA}")
-    for key, kind in {"architecture": str, "config": dict, "recipe": dict, "report": list, "weights": dict}.items():
+    for key, kind in {
+        "architecture": str,
+        "config": dict,
+        "recipe": dict,
+        "report": list,
+        "weights": dict,
+        "generation_config": dict,
+    }.items():
         if not isinstance(manifest.get(key), kind):
             raise CheckpointError(f"{path}: entry {key!r} is missing or not a {kind.__name__}")
     return manifest
@@ -215,10 +228,14 @@ def _fill(model: nn.Module, payload: bytes, scheme: Scheme, path: Path) -> None:
         for role in LINEARS if scheme.weights else ():
             name = block.name(role)
             try:
-                weight = _take_weight(state, name, tuple(block.linear(role).weight.shape), scheme.weights)
+                linear = block.linear(role)
+                weight = _take_weight(state, name, tuple(linear.weight.shape), scheme.weights)
+                bias = (
+                    None if linear.bias is None else _take(state, f"{name}.bias", (linear.out_features,), linear.bias.dtype)
+                )
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from error
-            block.set_linear(role, runtime.QuantLinear(weight, state.pop(f"{name}.bias", None), scheme.activations))
+            block.set_linear(role, runtime.QuantLinear(weight, bias, scheme.activations))
     _load_rest(model, state, path)
 
 

@@ -153,14 +153,14 @@ def base_size(n: int) -> int:
 
 
 def transform(x: torch.Tensor) -> torch.Tensor:
-    """``x [..., n] @ hadamard(n)`` in O(n log n), in x's dtype.
+    """``x [..., n] @ hadamard(n)`` in O(n log n), in x's dtype (16-bit types are added up in fp32).
 
     >>> transform(torch.tensor([1.0, 0.0, 0.0, 0.0])).tolist()
     [0.5, 0.5, 0.5, 0.5]
     """
     n = x.shape[-1]
     m = base_size(n)
-    y = x.reshape(*x.shape[:-1], m, n // m)
+    y = (x.float() if x.dtype.itemsize < 4 else x).reshape(*x.shape[:-1], m, n // m)
     if m > 1:
         y = _base(m).to(y).T @ y
     width = 1
@@ -169,7 +169,7 @@ def transform(x: torch.Tensor) -> torch.Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack([a + b, a - b], -2).flatten(-3)
         width *= 2
-    return y.reshape(x.shape) / n**0.5
+    return (y.reshape(x.shape) / n**0.5).to(x.dtype)
 
 
 def hadamard(n: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import require_rows, require_scale_fits
+from .affine import divide, to_scale
+from .checks import require_rows
 from .grids import UINT4, Grid
 
 #: fp16 holds every integer up to this one, so a zero of at most this size is off by at most half a code.
@@ -50,9 +51,7 @@ def quantize_kv(x: torch.Tensor, grid: Grid = UINT4) -> QuantizedKV:
     values = x.float()
     low, high = values.amin(-1), values.amax(-1)
     largest = torch.maximum(low.abs(), high.abs())
-    scale = torch.maximum((high - low) / grid.steps, largest / FP16_EXACT_INTEGERS).half()
-    require_scale_fits("x", scale)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale = to_scale("x", torch.maximum(divide(high - low, grid.steps), divide(largest, FP16_EXACT_INTEGERS)))
     zero = (-low / scale.float()).half()
     codes = grid.clamp(values / scale.float()[..., None] + zero.float()[..., None])
     return QuantizedKV(codes, scale, zero)

@@ -38,6 +38,7 @@ def plant(model: nn.Module, activation_ratio: float = 30.0, key_ratio: float = 1
     for name, ratio in (("activation_ratio", activation_ratio), ("key_ratio", key_ratio)):
         if not ratio >= 1:
             raise ValueError(f"{name}: expected a number of at least 1, got {ratio!r}")
+    attention.require_unquantized(describe(model).blocks)
     planted = clone(model)
     blocks = describe(planted).blocks
     generator = torch.Generator().manual_seed(seed)

@@ -74,7 +74,8 @@ def quantize(
 
     ``recipe``: a preset's name (`recipes.names`) or a `Recipe`; ``calibration``: int64 tokens ``[n, length]``, used for
     statistics and for the report (None is fine for recipes without steps, and then no output error is reported).
-    ``inplace=False`` leaves ``model`` untouched; ``progress`` shows a bar over the blocks.
+    ``inplace=False`` leaves ``model`` untouched; ``inplace=True`` frees its weights block by block, so a model whose run
+    fails half-way (out of memory, NaN in calibration) is spent and has to be loaded again. ``progress`` shows a bar over the blocks.
 
     Deterministic: the same seed, inputs and thread count give bit-identical codes.
 
@@ -113,11 +114,10 @@ def quantize(
 
 def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
     """Check every linear's shape before any work starts."""
+    attention.require_unquantized(blocks)
     form = recipe.scheme.weights
     for block in blocks:
         for role, linear in block.linears():
-            if not isinstance(linear, nn.Linear):
-                raise TypeError(f"model: {block.name(role)} is a {type(linear).__name__}, expected an unquantised nn.Linear")
             n, k = linear.weight.shape
             if form is None or form.kind is WeightKind.CHANNEL_S8:
                 continue

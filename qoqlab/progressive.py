@@ -17,7 +17,7 @@ from enum import Enum
 
 import torch
 
-from .affine import symmetric_scales
+from .affine import divide, symmetric_scales
 from .checks import require_groups, require_matrix
 from .grids import INT8_PROTECTED, INT8_PROTECTED_SCALED, UINT4, Grid, Zero
 
@@ -73,7 +73,7 @@ class ProgressiveScales:
     def _decode_first_level(self, codes: torch.Tensor, columns: slice) -> torch.Tensor:
         """Level-1 integers as fp32."""
         s, z = self._columns(self.group_scales, columns), self._columns(self.group_zeros, columns)
-        return codes.float().sub_(z).mul_(s) if self.zero is Zero.INTEGER else codes.float().mul_(s).sub_(z)
+        return (codes.float() - z).mul_(s) if self.zero is Zero.INTEGER else (codes.float() * s).sub_(z)
 
     def decode_int8(self, codes: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """int8 ``[N, len(columns)]``: level-1 integers that the tensor core multiplies; never wraps (see `overflows`)."""
@@ -117,7 +117,7 @@ def choose_scales(
     """
     require_groups("weight", weight, group_size)
     grid = first_level_grid(zero)
-    channel_scales = symmetric_scales(weight, grid).scales
+    channel_scales = symmetric_scales(weight, grid, name="weight").scales
     y = (weight.float() / channel_scales.float()[:, None]).clamp(grid.low, grid.high)
     if first_level is FirstLevel.ROUNDED:
         y = y.round()
@@ -125,7 +125,7 @@ def choose_scales(
     low, high = groups.amin(-1) * ratio, groups.amax(-1) * ratio
     if zero is Zero.INTEGER:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scales = ((high - low) / UINT4.steps).round().clamp(1, 127)
+    scales = divide(high - low, UINT4.steps).round().clamp(1, 127)
     zeros = UINT4.clamp(-low / scales) if zero is Zero.INTEGER else (-low).round().clamp(-128, 127).to(torch.int8)
     return ProgressiveScales(channel_scales, scales.to(torch.int8), zeros, group_size, zero, first_level)
 
@@ -164,7 +164,8 @@ def overflows(limit: int, zero: Zero = Zero.INTEGER) -> Iterator[tuple[int, int,
 
     Yields ``(low, high, group_scale, group_zero, decoded)``. Decoding is monotone in the code, so the codes of the two
     extremes decide. A tie may be rounded either way, since converters and kernels differ there. Nothing is yielded for 119
-    (INTEGER) and 120 (SCALED), and one more overflows: these limits are exactly tight.
+    (INTEGER) and 120 (SCALED), and one more overflows: these limits are exactly tight. (With an unrounded first level and
+    SCALED zeros the two ties must be rounded alike, as this library does.)
 
     >>> list(overflows(119)), next(overflows(120))
     ([], (-120, 120, 16, 7, 128))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .affine import Affine, quantize_per_token_s8
-from .checks import require_codes, require_finite, require_float, require_rows, shape_of
+from .checks import require_codes, require_finite, require_float, shape_of
 from .grids import Zero
 from .progressive import ProgressiveWeight
 
@@ -44,14 +44,6 @@ def w4a8_accumulate(x_codes: torch.Tensor, weight: QuantizedWeight) -> torch.Ten
     return int_matmul(x_codes, weight.int8() if isinstance(weight, ProgressiveWeight) else weight.codes)
 
 
-def scaled_zeros(weight: Affine) -> torch.Tensor:
-    """fp32 ``[N]``: the amount ``scale * zero`` that per-channel weights subtract, rounded to fp16 as kernels store it."""
-    if weight.zeros is None:
-        return torch.zeros_like(weight.scales, dtype=torch.float32)
-    zeros = weight.zeros.float()
-    return (zeros * weight.scales.float() if weight.zero is Zero.INTEGER else zeros).half().float()
-
-
 def w4a8_epilogue(
     total: torch.Tensor,
     x_scales: torch.Tensor,
@@ -59,25 +51,33 @@ def w4a8_epilogue(
     weight: QuantizedWeight,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 epilogue: int64 ``[M, N]``, activation scales and sums fp16 ``[M]`` -> fp16 ``[M, N]``.
+    """fp32 epilogue: int64 accumulator ``[M, N]``, fp16 scales and int64 sums of codes ``[M]`` -> fp16 ``[M, N]``.
 
-    Progressive: ``y = total * x_scale * channel_scale``. Per channel: ``y = total * x_scale * scale - x_sum * scaled_zero``,
-    with ``x_sum`` the fp16 sum of the *unquantised* activations, as QServe's fused kernels provide it.
+    Progressive: ``y = total * (x_scale * channel_scale)``. Per channel, integer zero:
+    ``y = (total - x_sum * zero) * (x_scale * scale)``, the difference exact; scaled zero:
+    ``y = total * (x_scale * scale) - (x_sum * x_scale) * zero``.
+
+    The sums are those of the integer codes. QServe takes fp16 sums of the unquantised activations instead, which overflow
+    beyond 65504, depend on the order of addition, and leave an error in proportion to the code instead of code - zero.
     """
     rows = x_scales.float()[:, None]
     if isinstance(weight, ProgressiveWeight):
         y = total.float() * (rows * weight.channel_scales.float())
+    elif weight.zeros is None:
+        y = total.float() * (rows * weight.scales.float())
+    elif weight.zero is Zero.INTEGER:
+        y = (total - x_sums[:, None] * weight.zeros.long()).float() * (rows * weight.scales.float())
     else:
-        y = total.float() * (rows * weight.scales.float()) - x_sums.float()[:, None] * scaled_zeros(weight)
+        y = total.float() * (rows * weight.scales.float()) - x_sums.float()[:, None] * rows * weight.zeros.float()
     return (y if bias is None else y + bias.float()).half()
 
 
 def w4a8_matmul(x: torch.Tensor | Affine, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Linear layer on INT8 activations and 4-bit weights: exact integer accumulation, then the fp32 epilogue.
 
-    ``x [..., K]``: floating-point (quantised here, per token), or already quantised (`affine.quantize_per_token_s8`; its
-    row sums are then those of the dequantised codes). ``weight``: `ProgressiveWeight` or per-channel `Affine` [N, K].
-    Returns fp16 ``[..., N]``. Results beyond fp16's range become infinite, as in a kernel.
+    ``x [..., K]``: floating-point (quantised here, per token), or already quantised (`affine.quantize_per_token_s8`).
+    ``weight``: `ProgressiveWeight` or per-channel `Affine` [N, K]; ``bias`` float [N]. Returns fp16 ``[..., N]``. Results
+    beyond fp16's range become infinite, as in a kernel.
 
     Raises TypeError or ValueError for wrong operands, NaN or infinity.
 
@@ -88,15 +88,16 @@ def w4a8_matmul(x: torch.Tensor | Affine, weight: QuantizedWeight, bias: torch.T
     """
     if not isinstance(weight, ProgressiveWeight | Affine):
         raise TypeError(f"weight: expected a ProgressiveWeight or a per-channel Affine, got {type(weight).__name__}")
-    if isinstance(x, Affine):
-        a, sums = x, x.dequantize().sum(-1).half()
-    else:
-        require_rows("x", x)
-        a, sums = quantize_per_token_s8(x), x.float().sum(-1).half()
+    a = x if isinstance(x, Affine) else quantize_per_token_s8(x)
     if a.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x: last dimension {a.shape[-1]} does not match the weight's K = {weight.shape[-1]}")
-    total = w4a8_accumulate(a.codes.reshape(-1, a.shape[-1]), weight)
-    y = w4a8_epilogue(total, a.scales.reshape(-1), sums.reshape(-1), weight, bias)
+    if bias is not None:
+        require_finite("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape {weight.shape[0]}, one number per output, got {shape_of(bias)}")
+    codes = a.codes.reshape(-1, a.shape[-1])
+    sums = codes.sum(-1, dtype=torch.int64)
+    y = w4a8_epilogue(w4a8_accumulate(codes, weight), a.scales.reshape(-1), sums, weight, bias)
     return y.reshape(*a.shape[:-1], -1)
 
 

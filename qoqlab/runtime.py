@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,11 +68,27 @@ class QuantLinear(nn.Module):
         """Bytes of codes, scales, zeros and bias."""
         return sum(t.numel() * t.element_size() for t in self.buffers())
 
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Moves between devices, but ``.half()`` or ``.to(dtype)`` must not round scales to another type."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if name != "bias":
+                moved = self.get_buffer(name)
+                setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
+        self._dequantized = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dequantized = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., K]`` -> ``[..., N]`` in x's dtype."""
         if self.mode is Mode.RUNTIME and self.activations is not None:
             self._dequantized = None
-            return reference.w4a8_matmul(x, self.quantized, self.bias).to(x.dtype)
+            codes = quantize_per_token_s8(x, self.activations)
+            return reference.w4a8_matmul(codes, self.quantized, self.bias).to(x.dtype)
         if self._dequantized is None or self._dequantized.dtype != x.dtype:
             self._dequantized = self.quantized.dequantize(x.dtype)
         if self.activations is not None:

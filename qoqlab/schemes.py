@@ -32,6 +32,10 @@ class WeightFormat:
     group_size: int = 128
     zero: Zero = Zero.INTEGER
 
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise ValueError(f"group_size: expected a positive integer, got {self.group_size!r}")
+
     def groups(self, columns: int) -> int:
         """Number of separately scaled groups in a row of ``columns`` inputs."""
         return columns // self.group_size if self.kind is WeightKind.PROGRESSIVE_U4 else 1
@@ -42,14 +46,16 @@ class WeightFormat:
             return progressive.choose_scales(weight, self.group_size, self.zero, ratio=ratio)
         row_ratio = ratio.squeeze(-1) if isinstance(ratio, torch.Tensor) and ratio.ndim == 2 else ratio
         if self.kind is WeightKind.CHANNEL_U4:
-            return affine.asymmetric_scales(weight, zero=self.zero, ratio=row_ratio)
-        return affine.symmetric_scales(weight, INT8, row_ratio)
+            return affine.asymmetric_scales(weight, zero=self.zero, ratio=row_ratio, name="weight")
+        return affine.symmetric_scales(weight, INT8, row_ratio, "weight")
 
     def bits_per_weight(self, columns: int) -> float:
         """Stored bits per weight, scales and zeros included, for rows of ``columns`` inputs."""
         if self.kind is WeightKind.PROGRESSIVE_U4:
             return 4 + (8 + 8) / self.group_size + SCALE_BITS / columns
-        return 4 + 2 * SCALE_BITS / columns if self.kind is WeightKind.CHANNEL_U4 else 8 + SCALE_BITS / columns
+        if self.kind is WeightKind.CHANNEL_S8:
+            return 8 + SCALE_BITS / columns
+        return 4 + (SCALE_BITS + (8 if self.zero is Zero.INTEGER else SCALE_BITS)) / columns
 
 
 def assemble(scales: ProgressiveScales | AffineScales, codes: torch.Tensor) -> ProgressiveWeight | Affine:

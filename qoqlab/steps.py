@@ -47,8 +47,10 @@ class Context:
         return self._observed
 
     def changed(self) -> None:
-        """Forget statistics after a change of weights."""
+        """Forget statistics and decisions after a change of weights."""
         self._observed = None
+        self.ratios.clear()
+        self.weights.clear()
 
     def quantize_weight(self, role: str) -> QuantizedWeight:
         """Quantised weight of a role: what a step decided, else round to nearest with its clipping ratio."""
@@ -57,7 +59,10 @@ class Context:
         if self.scheme.weights is None:
             raise ValueError("scheme: has no weight format, so there is no weight to quantise")
         weight = self.block.linear(role).weight.detach()
-        scales = self.scheme.weights.choose(weight, self.ratios.get(role, 1.0))
+        try:
+            scales = self.scheme.weights.choose(weight, self.ratios.get(role, 1.0))
+        except ValueError as error:
+            raise ValueError(f"model: {self.block.name(role)}: {error}") from None
         return assemble(scales, scales.encode(weight))
 
 
@@ -246,7 +251,7 @@ class AttentionProbe:
 # --- block-output smoothing and reordering --------------------------------------------------------------------------------
 
 
-def smooth_output(context: Context, alpha: float | None = 0.05, beta: float | None = None) -> None:
+def smooth_output(context: Context, alpha: float | None = 0.3, beta: float | None = None) -> None:
     """Block-output smoothing of o_proj's and down_proj's inputs (paper section 4.3.2).
 
     Their inputs cannot be rotated for free, so channels are scaled instead: activations divided by

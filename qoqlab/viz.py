@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 # string format ("iri") that no figure uses. A None entry makes jsonschema skip that check. Remove once jsonschema is lazy.
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -50,17 +51,17 @@ TEMPLATE = go.layout.Template(
         "yaxis": _AXIS,
         "legend": {"bgcolor": "rgba(255,255,255,0.85)", "font": {"size": 12}},
         "margin": {"l": 70, "r": 30, "t": 72, "b": 60},
-        "height": 420,
         "hovermode": "closest",
     }
 )
+HEIGHT = 420
 #: Largest number of rows and columns that a map keeps; more than a laptop screen can tell apart only makes files heavy.
 MAP_ROWS, MAP_COLUMNS = 64, 192
 
 
 def _layout(figure: go.Figure, title: str, x: str = "", y: str = "", **more: object) -> go.Figure:
-    """Apply the template, the title and the axis titles."""
-    figure.update_layout(template=TEMPLATE, title_text=title, **more)
+    """Apply the template, the title and the axis titles. JupyterLab ignores a template's height, so the figure has it."""
+    figure.update_layout(**{"template": TEMPLATE, "title_text": title, "height": HEIGHT, "autosize": True, **more})
     if x:
         figure.update_xaxes(title_text=x)
     if y:
@@ -68,9 +69,9 @@ def _layout(figure: go.Figure, title: str, x: str = "", y: str = "", **more: obj
     return figure
 
 
-def _numbers(values: torch.Tensor) -> list[float]:
-    """Plain floats with five significant digits: what a screen shows, and what a file needs to hold."""
-    return [float(f"{v:.5g}") for v in values.detach().double().flatten().tolist()]
+def _numbers(values: torch.Tensor | Sequence[float]) -> np.ndarray:
+    """fp32 array, which plotly stores in a third of the space of a list of numbers."""
+    return torch.as_tensor(values).detach().float().flatten().numpy()
 
 
 def pool_max(x: torch.Tensor, rows: int = MAP_ROWS, columns: int = MAP_COLUMNS) -> tuple[torch.Tensor, int, int]:
@@ -119,13 +120,14 @@ def _log_axis(values: Sequence[torch.Tensor]) -> dict[str, object]:
     flat = flat[flat > 0]
     low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.1, 10.0)
     span = max(math.log10(high / low), 0.1)
-    digits = (1, 2, 5) if span < 3.5 else (1,)
+    digits = (1, 2, 5) if span < 1.8 else (1,)
     ticks = [d * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for d in digits]
     return {
         "type": "log",
         "range": [math.log10(low) - 0.05 * span, math.log10(high) + 0.07 * span],
         "tickvals": ticks,
         "ticktext": [f"{t:g}" for t in ticks],
+        "tickangle": 0,
     }
 
 
@@ -172,11 +174,17 @@ def outlier_surface(x: torch.Tensor, title: str) -> go.Figure:
     )
 
 
-def channel_profile(profiles: Mapping[str, torch.Tensor], title: str, log: bool = True, ranked: bool = False) -> go.Figure:
+def channel_profile(
+    profiles: Mapping[str, torch.Tensor],
+    title: str,
+    log: bool = True,
+    ranked: bool = False,
+    y: str = "largest |x| over all tokens",
+) -> go.Figure:
     """Largest magnitude of every channel, one line per entry of ``profiles`` (name -> ``[K]``).
 
     By channel index, where the same spike in every line means a fixed channel; or ``ranked`` from largest to smallest,
-    where a cliff at the left is what a quantiser has to pay for.
+    where a cliff at the left is what a quantiser has to pay for. ``y`` names the magnitude if it is another one.
     """
     figure = go.Figure()
     for index, (name, values) in enumerate(profiles.items()):
@@ -190,7 +198,7 @@ def channel_profile(profiles: Mapping[str, torch.Tensor], title: str, log: bool 
             hovertemplate=f"{name}<br>channel %{{x}}<br>largest |x| = %{{y:.3g}}<extra></extra>",
         )
     axis = "channel, by rank (largest first)" if ranked else "channel (index)"
-    _layout(figure, title, axis, "largest |x| over all tokens" + (" (log scale)" if log else ""), showlegend=True)
+    _layout(figure, title, axis, y + (" (log scale)" if log else ""), showlegend=True)
     return figure.update_yaxes(**_log_axis(list(profiles.values()))) if log else figure
 
 
@@ -210,10 +218,9 @@ def key_strips(keys: torch.Tensor, title: str = "Keys: largest magnitude of ever
         top = int(values.argmax())
         partner = (top + width // 2) % width
         for half, name in enumerate(("first half: i", "second half: i + D/2")):
-            span = range(half * width // 2, (half + 1) * width // 2)
             figure.add_bar(
-                x=list(span),
-                y=_numbers(values[span.start : span.stop]),
+                x0=half * width // 2,
+                y=_numbers(values.chunk(2)[half]),
                 name=name,
                 legendgroup=name,
                 showlegend=head == 0,
@@ -223,13 +230,16 @@ def key_strips(keys: torch.Tensor, title: str = "Keys: largest magnitude of ever
                 col=1,
             )
         figure.add_hline(y=float(values.median()), line={"dash": "dash", "width": 1.5, "color": _INK}, row=head + 1, col=1)
-        for channel, text in ((top, f"{top}"), (partner, f"{partner} (partner)")):
+        for channel, text, lift in ((top, f"{top}", 10), (partner, f"{partner} (partner)", 26)):
             figure.add_annotation(
                 x=channel,
                 y=float(values[channel]),
                 text=text,
-                showarrow=False,
-                yshift=9,
+                ax=0,
+                ay=-lift,
+                arrowhead=0,
+                arrowwidth=1,
+                arrowcolor=_INK,
                 bgcolor="white",
                 borderpad=0,
                 row=head + 1,
@@ -255,7 +265,7 @@ def outlier_ratios(measured: Mapping[str, pd.DataFrame], title: str) -> go.Figur
     for index, (name, table) in enumerate(measured.items()):
         figure.add_scatter(
             x=table["site"].to_list(),
-            y=_numbers(torch.tensor(table["ratio"].to_list())),
+            y=_numbers(table["ratio"].to_list()),
             customdata=table["layer"].to_list(),
             name=name,
             mode="markers",
@@ -301,7 +311,8 @@ def histogram_with_grid(
         y=lines_y,
         mode="lines",
         name=f"representable ({len(points)} values)",
-        line={"color": PALETTE[1], "width": 1.3},
+        line={"color": PALETTE[1], "width": 1.2},
+        opacity=0.7,
         hovertemplate="grid point %{x:.3g}<extra></extra>",
     )
     return _layout(figure, title, x, "count (values per bin)", legend=_legend_above(), bargap=0)
@@ -333,8 +344,9 @@ def staircase(values: torch.Tensor, decoded: torch.Tensor, title: str, codes: to
 
     ``values`` and ``decoded`` of one shape; ``codes`` are shown on hovering.
     """
-    order = values.detach().flatten().argsort()
-    sorted_values, sorted_decoded = values.flatten()[order], decoded.flatten()[order]
+    values, decoded = values.detach().flatten(), decoded.detach().flatten()
+    order = values.argsort()
+    sorted_values, sorted_decoded = values[order], decoded[order]
     ends = [float(sorted_values[0]), float(sorted_values[-1])]
     figure = go.Figure()
     figure.add_scatter(
@@ -382,8 +394,8 @@ def group_size_curve(table: pd.DataFrame, title: str = "Smaller groups: less err
     for index, kind in enumerate(kinds):
         part = table[table["kind"] == kind] if kind else table
         figure.add_scatter(
-            x=_numbers(torch.tensor(part["bits"].to_list())),
-            y=_numbers(torch.tensor(part["sqnr_db"].to_list())),
+            x=_numbers(part["bits"].to_list()),
+            y=_numbers(part["sqnr_db"].to_list()),
             text=[str(label) for label in part["label"]],
             mode="lines+markers+text",
             textposition="top center" if index == 0 else "bottom center",
@@ -416,7 +428,7 @@ def error_by_layer(report: pd.DataFrame, title: str = "Output error of every lay
         part = report[report["stage"] == stage].sort_values("layer")
         figure.add_scatter(
             x=part["layer"].to_list(),
-            y=_numbers(torch.tensor(part["output_sqnr_db"].to_list())),
+            y=_numbers(part["output_sqnr_db"].to_list()),
             customdata=[float(f"{v:.3g}") for v in part["weight_nmse"]],
             name=stage.replace("_", " "),
             mode="lines+markers",
@@ -436,13 +448,13 @@ def waterfall(report: pd.DataFrame, title: str = "What each stage changes, avera
     ``report`` as for `error_by_layer`; stages in order of appearance.
     """
     mean = report.groupby("stage", sort=False)["output_sqnr_db"].mean()
-    steps = _numbers(torch.tensor([mean.iloc[0], *mean.diff().iloc[1:], mean.iloc[-1]]))
+    steps = [float(v) for v in (mean.iloc[0], *mean.diff().iloc[1:], mean.iloc[-1])]
     names = [*[s.replace("_", " ") for s in mean.index], "finished"]
     last = len(steps) - 1
     figure = go.Figure(
         go.Waterfall(
             x=names,
-            y=steps,
+            y=_numbers(steps),
             measure=["absolute", *["relative"] * (last - 1), "total"],
             text=[f"{v:.1f}" if i in (0, last) else f"{v:+.1f}" for i, v in enumerate(steps)],
             textposition="outside",
@@ -467,6 +479,8 @@ def ladder(table: pd.DataFrame, title: str = "Perplexity, rung by rung") -> go.F
     """
     models, steps = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["step"]))
     figure = make_subplots(rows=1, cols=len(models), shared_yaxes=True, horizontal_spacing=0.05)
+    log = bool((table["perplexity"] > 5 * table["fp16"]).any())
+    scale = "log scale; " if log else ""
     for column, model in enumerate(models, 1):
         part = table[table["model"] == model]
         values = [float(v) for v in part["perplexity"]]
@@ -484,7 +498,7 @@ def ladder(table: pd.DataFrame, title: str = "Perplexity, rung by rung") -> go.F
             x=values,
             y=part["step"].to_list(),
             text=[
-                f" {v:.2f}" + ("" if math.isnan(c) else f"  ({c:+.2f})")
+                f" {_short(v)}" + ("" if math.isnan(c) else f"  ({'+' if c >= 0 else ''}{_short(c)})")
                 for v, c in zip(values, [float(c) for c in part["change"]], strict=True)
             ],
             mode="markers+text",
@@ -499,21 +513,26 @@ def ladder(table: pd.DataFrame, title: str = "Perplexity, rung by rung") -> go.F
         )
         figure.add_vline(x=reference, line={"dash": "dash", "color": _INK, "width": 1.5}, row=1, col=column)
         low, high = min([*values, reference]), max([*values, reference])
-        if high > 5 * low:
-            axis = _log_axis([torch.tensor([low, high])])
-            axis["range"] = [math.log10(low) - 0.05, math.log10(high) + 0.6 * math.log10(high / low)]
+        if log:
+            span = max(math.log10(high / low), 0.3)
+            axis = _log_axis([torch.tensor([low, low * 10**span])])
+            axis["range"] = [math.log10(low) - 0.06 * span, math.log10(high) + 0.8 * span]
         else:
             span = max(high - low, 0.02 * low)
             axis = {"range": [low - 0.06 * span, high + 0.6 * span]}
         figure.update_xaxes(
-            title_text=f"perplexity of the {model} model<br>(lower is better; dashed: fp16, {reference:.2f})",
+            title_text=f"perplexity of the {model} model<br>({scale}lower is better; dashed: fp16, {reference:.2f})",
             row=1,
             col=column,
             **axis,
         )
     figure.update_yaxes(categoryorder="array", categoryarray=steps, autorange="reversed")
     _layout(figure, title, height=170 + 36 * len(steps), showlegend=False)
-    return figure.update_yaxes(title_text="rung (each adds to the one above)", col=1)
+    return figure.update_yaxes(title_text="recipe", col=1)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 # --- why four, eight and four ---------------------------------------------------------------------------------------------
@@ -527,7 +546,7 @@ def stacked_bytes(table: pd.DataFrame, title: str, unit: str = "MiB") -> go.Figu
         rows = table[table["part"] == part]
         sizes = [float(v) for v in rows["size"]]
         figure.add_bar(
-            x=_numbers(torch.tensor(sizes)),
+            x=_numbers(sizes),
             y=rows["format"].to_list(),
             name=part,
             orientation="h",
@@ -535,12 +554,20 @@ def stacked_bytes(table: pd.DataFrame, title: str, unit: str = "MiB") -> go.Figu
             text=[f"{v:.3g}" for v in sizes],
             textposition="inside",
             insidetextanchor="middle",
+            textangle=0,
             hovertemplate=f"{part}: %{{x:.3g}} {unit}<extra>%{{y}}</extra>",
         )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     bars = table["format"].nunique()
     return _layout(
-        figure, title, f"size ({unit})", "format", barmode="stack", height=190 + 46 * bars, legend=_legend_above()
+        figure,
+        title,
+        f"size ({unit})",
+        "format",
+        barmode="stack",
+        uniformtext={"minsize": 11, "mode": "hide"},
+        height=190 + 46 * bars,
+        legend=_legend_above(),
     )
 
 
@@ -553,8 +580,8 @@ def roofline(table: pd.DataFrame, title: str, x: str, y: str) -> go.Figure:
     for index, precision in enumerate(dict.fromkeys(table["precision"])):
         part = table[table["precision"] == precision]
         figure.add_scatter(
-            x=_numbers(torch.tensor(part["intensity"].to_list())),
-            y=_numbers(torch.tensor(part["speed"].to_list())),
+            x=_numbers(part["intensity"].to_list()),
+            y=_numbers(part["speed"].to_list()),
             name=precision,
             mode="lines",
             line={
@@ -565,8 +592,8 @@ def roofline(table: pd.DataFrame, title: str, x: str, y: str) -> go.Figure:
             hovertemplate="%{x:.3g} -> %{y:.3g}<extra>%{fullData.name}</extra>",
         )
     _layout(figure, title, x, y)
-    figure.update_xaxes(type="log")
-    return figure.update_yaxes(type="log")
+    figure.update_xaxes(**_log_axis([torch.tensor(table["intensity"].to_list())]))
+    return figure.update_yaxes(**_log_axis([torch.tensor(table["speed"].to_list())]))
 
 
 # --- several figures in one -----------------------------------------------------------------------------------------------
@@ -592,9 +619,11 @@ def with_slider(figures: Mapping[str, go.Figure], prefix: str, start: str | None
         "active": labels.index(start),
         "currentvalue": {"prefix": prefix, "font": {"size": 14}},
         "pad": {"t": 44, "b": 4},
+        "x": 0.04,
+        "len": 0.92,
         "steps": [{"label": label, "method": "animate", "args": [[label], options]} for label in labels],
     }
-    height = (base.layout.height or TEMPLATE.layout.height) + 90
+    height = (base.layout.height or HEIGHT) + 90
     return base.update_layout(sliders=[slider], height=height)
 
 

@@ -56,7 +56,8 @@ def rows():
     signed = torch.cat([normal[:4].abs() + 3, -normal[:4].abs() - 3])
     scaled = torch.cat([normal[:6] * factor for factor in (1e-7, 1e-6, 3e-6, 1e-5, 1e-4, 1e4)])
     ties = torch.arange(-16, 16)[None] / 2.0 * torch.tensor([[1.0], [1.5]])
-    return torch.cat([normal, planted, single, constant, signed, scaled, ties])
+    offset = torch.tensor([[1000.0], [-1000.01]]) + torch.linspace(0, 0.01, 32)  # where order of operations matters
+    return torch.cat([normal, planted, single, constant, signed, scaled, ties, offset])
 
 
 @pytest.mark.parametrize("grid", [INT8, INT4], ids=lambda grid: grid.name)

@@ -66,7 +66,9 @@ def test_statistics_equal_a_direct_computation(family: str, our_attention) -> No
     seen = capture.observe(block, batches, keep=1000, hessian=True)
 
     direct: dict[str, torch.Tensor] = {}
-    with capture.taps(block, lambda site, x: direct.__setitem__(site, x), lambda *qkv: direct.update(zip("qkv", qkv))):
+    with capture.taps(
+        block, lambda site, x: direct.__setitem__(site, x), lambda *qkv: direct.update(zip("qkv", qkv, strict=True))
+    ):
         capture.run_block(block, capture.first_inputs(model, IDS, batch_size=5)[0])
     x = block.input_norm(model.model.embed_tokens(IDS)).flatten(0, 1)
     torch.testing.assert_close(direct["qkv"], x, rtol=1e-5, atol=1e-6)

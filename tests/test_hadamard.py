@@ -44,6 +44,11 @@ def test_powers_of_two_are_sylvesters():
     assert torch.equal((hadamard.hadamard(8) * 8**0.5).round(), torch.kron(torch.kron(two, two), two))
 
 
+def test_other_sizes_are_a_base_times_sylvesters():
+    doubled = torch.kron(hadamard.hadamard(12), hadamard.hadamard(4))
+    torch.testing.assert_close(hadamard.hadamard(48), doubled, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("n", [8, 12, 24, 92])
 def test_transform_equals_multiplication_for_any_shape_and_dtype(n):
     x = torch.randn(3, 2, n, generator=torch.Generator().manual_seed(0))

@@ -100,11 +100,15 @@ def test_measure_reports_a_row_per_layer_and_site() -> None:
     assert list(table.columns) == ["layer", "site", "median", "max", "ratio"]
     sites = ["qkv", "o", "gate_up", "down", "keys", "values"]
     assert sorted(table.site) == sorted(sites * 2) and sorted(table.layer.unique()) == [0, 1]
-    torch.testing.assert_close(torch.tensor((table["max"] / table["median"]).to_numpy()), torch.tensor(table.ratio.to_numpy()))
+    torch.testing.assert_close(
+        torch.tensor((table["max"] / table["median"]).to_numpy()), torch.tensor(table.ratio.to_numpy())
+    )
     with torch.no_grad():
         x = model.model.layers[0].input_layernorm(model.model.embed_tokens(IDS)).flatten(0, 1).abs().amax(0)
     row = table[(table.layer == 0) & (table.site == "qkv")].iloc[0]
-    assert row["max"] == pytest.approx(float(x.max()), rel=1e-5) and row["median"] == pytest.approx(float(x.median()), rel=1e-5)
+    assert row["max"] == pytest.approx(float(x.max()), rel=1e-5) and row["median"] == pytest.approx(
+        float(x.median()), rel=1e-5
+    )
     assert not any(hasattr(layer.self_attn, "qoq") for layer in model.model.layers)
 
 

@@ -162,7 +162,7 @@ def test_defect_qk_norm_under_smooth_attention(kv_heads: int) -> None:
     assert relative_error(logits(changed, IDS), logits(model, IDS)) < TIGHT
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {f"model.layers.{i}.self_attn.{r}_norm.weight" for i in (0, 1) for r in "qk"}
-    gain = (before["model.layers.0.self_attn.k_norm.weight"] / after["model.layers.0.self_attn.k_norm.weight"])
+    gain = before["model.layers.0.self_attn.k_norm.weight"] / after["model.layers.0.self_attn.k_norm.weight"]
     torch.testing.assert_close(gain[:8], gain[8:], rtol=1e-12, atol=0)  # RoPE pairs move as one
     assert float(gain.std()) > 1e-3
 

@@ -119,8 +119,8 @@ def test_smoothing_scale_formula():
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("beta", [None, 0.0, 0.7])
 def test_channels_without_a_usable_scale_get_one(alpha, beta):
-    activation = torch.tensor([0.0, 1.0, 0.0, 1e38, float("inf"), float("nan"), 1.0])
-    weight = torch.tensor([1.0, 0.0, 0.0, 1e-38, 1.0, 1.0, float("nan")])
+    activation = torch.tensor([0.0, 3.0, 0.0, 1e38, float("inf"), float("nan"), 1.0])
+    weight = torch.tensor([2.0, 0.0, 0.0, 1e-38, 1.0, 1.0, float("nan")])
     scale = transforms.smoothing_scale(activation, weight, alpha, beta)
     assert (scale[:3] == 1).all()
     assert scale.isfinite().all() and (scale > 0).all()

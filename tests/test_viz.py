@@ -1,0 +1,183 @@
+"""Figures: they return, carry the template and their titles, lose no outlier, and leave their inputs and plotly alone."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
+import pytest
+import torch
+
+from qoqlab import viz
+
+TOKENS = torch.randn(300, 700, generator=torch.Generator().manual_seed(0))
+KEYS = torch.randn(2, 50, 16, generator=torch.Generator().manual_seed(1))
+STAGES = ["round to nearest", "rotate", "smooth_attention", "clip"]
+REPORT = pd.DataFrame(
+    [
+        {"stage": s, "layer": n, "weight_mse": 0.1, "weight_nmse": 0.01, "output_sqnr_db": 10.0 + i + n, "seconds": 0.1}
+        for n in range(3)
+        for i, s in enumerate(STAGES)
+    ]
+)
+LADDER = pd.DataFrame(
+    [
+        {"step": step, "perplexity": value, "change": change, "model": model, "fp16": 20.0}
+        for model, worst in (("bundled", 25.0), ("planted", 2500.0))
+        for step, value, change in (("W8A8", 20.1, float("nan")), ("W4A8", worst, worst - 20.1))
+    ]
+)
+CURVE = pd.DataFrame({"label": ["row", 128], "bits": [4.06, 4.16], "sqnr_db": [18.0, 19.8], "kind": ["a", "b"]})
+BYTES = pd.DataFrame({"format": ["fp16", "W4"], "part": ["weights", "weights"], "size": [2.0, 0.5]})
+ROOF = pd.DataFrame({"precision": ["W4A8"] * 2, "intensity": [1.0, 100.0], "speed": [4.0, 400.0]})
+MEASURED = pd.DataFrame({"layer": [0, 1], "site": ["qkv", "qkv"], "ratio": [3.0, 30.0]})
+
+FIGURES = {
+    "outlier_map": lambda: viz.outlier_map(TOKENS, "map"),
+    "outlier_map_log": lambda: viz.outlier_map(TOKENS, "map", log=True),
+    "outlier_surface": lambda: viz.outlier_surface(TOKENS, "surface"),
+    "channel_profile": lambda: viz.channel_profile({"a": TOKENS[0].abs(), "b": TOKENS[1, :9].abs()}, "profile"),
+    "channel_profile_ranked": lambda: viz.channel_profile({"a": TOKENS[0].abs()}, "profile", log=False, ranked=True),
+    "outlier_ratios": lambda: viz.outlier_ratios({"bundled": MEASURED}, "ratios"),
+    "key_strips": lambda: viz.key_strips(KEYS),
+    "histogram_with_grid": lambda: viz.histogram_with_grid(TOKENS, torch.linspace(-3, 3, 16), "histogram"),
+    "grid_lines": lambda: viz.grid_lines({"INT4": torch.arange(-7, 8)}, "grids"),
+    "staircase": lambda: viz.staircase(TOKENS[0], TOKENS[0].round(), "stairs", TOKENS[0].round().int()),
+    "overflow_counts": lambda: viz.overflow_counts({119: 0, 120: 8}),
+    "group_size_curve": lambda: viz.group_size_curve(CURVE),
+    "error_by_layer": lambda: viz.error_by_layer(REPORT),
+    "waterfall": lambda: viz.waterfall(REPORT),
+    "ladder": lambda: viz.ladder(LADDER),
+    "stacked_bytes": lambda: viz.stacked_bytes(BYTES, "bytes"),
+    "roofline": lambda: viz.roofline(ROOF, "roof", "tokens", "TOP/s"),
+    "with_slider": lambda: viz.with_slider({str(i): viz.outlier_map(TOKENS[i:], f"from {i}") for i in range(3)}, "from: "),
+}
+
+
+def public_figures() -> set[str]:
+    functions = {n: f for n, f in vars(viz).items() if callable(f) and getattr(f, "__module__", "") == "qoqlab.viz"}
+    return {n for n in functions if not n.startswith("_")} - {"pool_max"}
+
+
+def test_every_figure_is_covered():
+    assert public_figures() <= {name.removesuffix("_log").removesuffix("_ranked") for name in FIGURES}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_template_titles_and_units(name):
+    figure = FIGURES[name]()
+    assert isinstance(figure, go.Figure) and figure.data
+    assert figure.layout.template.layout.colorway == viz.PALETTE
+    assert figure.layout.title.text
+    layout = figure.to_plotly_json()["layout"]
+    if name == "outlier_surface":
+        titles = [layout["scene"][f"{axis}axis"]["title"]["text"] for axis in "xyz"]
+    else:
+        titles = []
+        for letter in "xy":
+            named = [v for k, v in layout.items() if k.startswith(f"{letter}axis") and v.get("title", {}).get("text")]
+            assert named, f"no {letter} axis has a title"
+            titles += [v["title"]["text"] for v in named]
+    assert all(titles)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_small_and_serialisable(name):
+    text = FIGURES[name]().to_json()
+    json.loads(text)
+    assert len(text) < 330_000
+
+
+def test_import_changes_no_global_template():
+    assert plotly.io.templates.default == "plotly"
+
+
+def test_pooling_keeps_a_lonely_outlier():
+    x = torch.zeros(1000, 5000)
+    x[777, 4321] = -9.0
+    pooled, high, wide = viz.pool_max(x)
+    assert pooled.shape[0] <= viz.MAP_ROWS and pooled.shape[1] <= viz.MAP_COLUMNS
+    assert pooled.max() == 9.0 and pooled[777 // high, 4321 // wide] == 9.0 and int((pooled > 0).sum()) == 1
+    assert float(viz.outlier_map(x, "lonely").data[0].z.max()) == 9.0
+
+
+def test_pooling_small_inputs_is_the_identity():
+    x = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    assert viz.pool_max(x)[0].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(0, 4), torch.zeros(2, 2, 2)])
+def test_maps_name_a_wrong_shape(bad):
+    with pytest.raises(ValueError, match=r"x: expected a non-empty matrix"):
+        viz.outlier_map(bad, "bad")
+
+
+def test_strips_name_a_wrong_shape():
+    with pytest.raises(ValueError, match=r"keys: expected \[heads, tokens, head_dim\]"):
+        viz.key_strips(torch.zeros(3, 4))
+
+
+def test_strips_mark_the_rope_partner():
+    keys = KEYS.clone()
+    keys[0, :, 3] = 50.0
+    texts = [note.text for note in viz.key_strips(keys).layout.annotations]
+    assert texts[:2] == ["3", "11 (partner)"]
+
+
+def test_constant_and_zero_inputs_draw():
+    zeros = torch.zeros(4, 4)
+    for log in (False, True):
+        viz.outlier_map(zeros, "zeros", log=log)
+    viz.channel_profile({"zeros": zeros[0]}, "zeros")
+    viz.histogram_with_grid(zeros, zeros[0], "zeros")
+    viz.key_strips(torch.zeros(1, 3, 4))
+
+
+def test_inputs_stay_as_they_are():
+    x, report = TOKENS.clone(), REPORT.copy()
+    viz.outlier_map(x, "map")
+    viz.error_by_layer(report)
+    viz.waterfall(report)
+    assert torch.equal(x, TOKENS)
+    pd.testing.assert_frame_equal(report, REPORT)
+
+
+def test_gradients_do_not_get_in_the_way():
+    weight = torch.nn.Parameter(TOKENS[:8, :8].clone())
+    viz.outlier_map(weight, "parameter")
+    viz.channel_profile({"a": weight[0]}, "parameter")
+    viz.staircase(weight[0], weight[0].round(), "parameter")
+
+
+def test_error_by_layer_has_a_line_per_stage():
+    figure = viz.error_by_layer(REPORT)
+    assert [trace.name for trace in figure.data] == [s.replace("_", " ") for s in STAGES]
+    assert list(figure.data[1].y) == [11.0, 12.0, 13.0]
+
+
+def test_error_by_layer_draws_reports_without_calibration():
+    viz.error_by_layer(REPORT.assign(output_sqnr_db=float("nan")))
+
+
+def test_waterfall_adds_up():
+    steps = viz.waterfall(REPORT).data[0].y
+    assert steps[:-1].sum() == pytest.approx(steps[-1])
+
+
+def test_ladder_shows_every_rung_and_the_reference():
+    figure = viz.ladder(LADDER)
+    markers = [trace for trace in figure.data if trace.mode == "markers+text"]
+    assert [list(t.y) for t in markers] == [["W8A8", "W4A8"]] * 2
+    assert markers[1].text[1].split() == ["2500", "(+2480)"]
+    assert "20.00" in figure.layout.xaxis.title.text and "log" in figure.layout.xaxis.title.text
+
+
+def test_slider_swaps_whole_figures():
+    figure = FIGURES["with_slider"]()
+    assert [frame.name for frame in figure.frames] == ["0", "1", "2"]
+    assert [frame.layout.title.text for frame in figure.frames] == ["from 0", "from 1", "from 2"]
+    assert len(figure.layout.sliders[0].steps) == 3
+    with pytest.raises(ValueError, match="same number of traces"):
+        viz.with_slider({"a": go.Figure(go.Scatter()), "b": go.Figure()}, "x: ")

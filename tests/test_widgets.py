@@ -1,0 +1,87 @@
+"""explore(): controls start at the defaults, moving them redraws in place, mistakes are named."""
+
+from __future__ import annotations
+
+import ipywidgets
+import plotly.graph_objects as go
+import pytest
+
+from qoqlab import widgets
+
+
+def figure(bits=4, ratio=0.5, kind="a", group=64):
+    drawing = go.Figure(go.Scatter(y=[bits, ratio, group]), layout={"title": {"text": f"{kind} {bits}"}})
+    for index in range(bits):
+        drawing.add_annotation(x=index, y=0, text=str(index))
+    return drawing
+
+
+def test_controls_start_at_the_defaults():
+    panel = widgets.explore(figure, bits=(2, 8), ratio=(0.0, 1.0, 0.25), kind=["a", "b"], group=[32, 64, 128])
+    *controls, canvas = panel.children
+    assert [type(c) for c in controls] == [
+        ipywidgets.IntSlider,
+        ipywidgets.FloatSlider,
+        ipywidgets.Dropdown,
+        ipywidgets.SelectionSlider,
+    ]
+    assert [c.value for c in controls] == [4, 0.5, "a", 64]
+    assert isinstance(canvas, go.FigureWidget) and canvas.layout.title.text == "a 4"
+
+
+def test_moving_a_control_redraws():
+    panel = widgets.explore(figure, bits=(2, 8), kind=["a", "b"])
+    bits, kind, canvas = panel.children
+    bits.value, kind.value = 6, "b"
+    assert canvas.layout.title.text == "b 6" and list(canvas.data[0].y) == [6, 0.5, 64]
+
+
+def test_marks_that_went_away_are_cleared():
+    bits, canvas = widgets.explore(figure, bits=(1, 8)).children
+    bits.value = 7
+    assert len(canvas.layout.annotations) == 7
+    bits.value = 2
+    assert [note.text for note in canvas.layout.annotations] == ["0", "1"]
+
+
+def test_text_is_stable():
+    panel = widgets.explore(figure, bits=(2, 8), kind=["a", "b"])
+    assert repr(panel) == "explore(figure, bits=4, kind='a')"
+
+
+def test_whole_number_range_on_a_float_default_is_a_float_slider():
+    control, _ = widgets.explore(figure, ratio=(0, 1)).children
+    assert isinstance(control, ipywidgets.FloatSlider)
+
+
+def test_an_error_in_the_figure_surfaces_where_the_control_moved():
+    def fragile(bits=4):
+        if bits == 6:
+            raise RuntimeError("six")
+        return go.Figure(go.Scatter(y=[bits]))
+
+    slider, _ = widgets.explore(fragile, bits=(2, 8)).children
+    with pytest.raises(RuntimeError, match="six"):
+        slider.value = 6
+
+
+def test_a_changing_number_of_traces_is_refused():
+    def growing(count=1):
+        return go.Figure([go.Scatter(y=[0])] * count)
+
+    slider, _ = widgets.explore(growing, count=(1, 3)).children
+    with pytest.raises(ValueError, match="had 1 traces, now has 2"):
+        slider.value = 2
+
+
+@pytest.mark.parametrize(
+    ("ranges", "sentence"),
+    [
+        ({"missing": (0, 1)}, "missing: the figure function needs a parameter"),
+        ({"bits": (5, 8)}, "bits: the default 4 is outside 5..8"),
+        ({"kind": ["b", "c"]}, "kind: the default 'a' is not among"),
+    ],
+)
+def test_wrong_ranges_are_named(ranges, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        widgets.explore(figure, **ranges)
