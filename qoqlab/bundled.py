@@ -46,8 +46,9 @@ def load_tiny() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def load_text(name: str, split: str) -> str:
     """Text for calibration or test.
 
-    ``name``: "python-docs", the Python language reference that every interpreter carries (`pydoc_data.topics`), so its text,
-    and every number computed from it, depends on the Python version. ``split``: "calibration" or "test", disjoint topics without shared paragraphs.
+    ``name``: "python-docs", the Python language reference that every interpreter carries (`pydoc_data.topics`), so its
+    text, and every number computed from it, depends on the Python version. ``split``: "calibration" or "test", disjoint
+    topics without shared paragraphs.
 
     Raises ValueError for other names or splits.
     """

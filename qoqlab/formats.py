@@ -64,8 +64,6 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
     scheme, known = data["scheme"], {"rotate", "smooth_attention", "smooth_output", "reorder", "clip", "gptq"}
     form = scheme["weights"]
     weights = form and WeightFormat(WeightKind(form["kind"]), int(form["group_size"]), Zero(form["zero"]))
-    if weights and weights.group_size < 1:
-        raise ValueError(f"group_size: expected a positive integer, got {weights.group_size}")
     grid_of = {None: None, **_GRIDS}
     listed = []
     for entry in data["steps"]:
@@ -149,7 +147,7 @@ def load(folder: str | os.PathLike[str]) -> QuantizedModel:
     try:
         recipe = recipe_from_json(manifest["recipe"])
         model = _empty_model(manifest["architecture"], manifest["config"])
-        model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])
+        model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])  # type: ignore[assignment]
         report = pd.DataFrame(manifest["report"], columns=REPORT_COLUMNS)
     except Exception as error:  # a stranger's configuration can make transformers raise anything
         raise CheckpointError(f"{path / MANIFEST}: {type(error).__name__}: {error}") from error
@@ -230,9 +228,7 @@ def _fill(model: nn.Module, payload: bytes, scheme: Scheme, path: Path) -> None:
             try:
                 linear = block.linear(role)
                 weight = _take_weight(state, name, tuple(linear.weight.shape), scheme.weights)
-                bias = (
-                    None if linear.bias is None else _take(state, f"{name}.bias", (linear.out_features,), linear.bias.dtype)
-                )
+                bias = _take_bias(state, f"{name}.bias", linear)
             except (KeyError, TypeError, ValueError) as error:
                 raise CheckpointError(f"{path}: {name}: {error}") from error
             block.set_linear(role, runtime.QuantLinear(weight, bias, scheme.activations))
@@ -247,6 +243,14 @@ def _take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dty
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise ValueError(f"tensor {name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     return tensor
+
+
+def _take_bias(state: dict[str, torch.Tensor], name: str, linear: nn.Linear) -> torch.Tensor | None:
+    """A bias of any floating-point type, where the architecture has one (another one stays, and is refused later)."""
+    if linear.bias is None:
+        return None
+    dtype = state[name].dtype if name in state and state[name].is_floating_point() else linear.bias.dtype
+    return _take(state, name, (linear.out_features,), dtype)
 
 
 def _take_weight(

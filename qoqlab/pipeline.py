@@ -75,7 +75,8 @@ def quantize(
     ``recipe``: a preset's name (`recipes.names`) or a `Recipe`; ``calibration``: int64 tokens ``[n, length]``, used for
     statistics and for the report (None is fine for recipes without steps, and then no output error is reported).
     ``inplace=False`` leaves ``model`` untouched; ``inplace=True`` frees its weights block by block, so a model whose run
-    fails half-way (out of memory, NaN in calibration) is spent and has to be loaded again. ``progress`` shows a bar over the blocks.
+    fails half-way (out of memory, NaN in calibration) is spent and has to be loaded again. ``progress`` shows a bar over
+    the blocks.
 
     Deterministic: the same seed, inputs and thread count give bit-identical codes.
 
