@@ -64,7 +64,7 @@ def perplexity(
 
 @torch.no_grad()
 def generate(model: nn.Module | QuantizedModel, ids: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
-    """Continue ``ids [B, T]`` as the kernels would: RUNTIME arithmetic, and a 4-bit cache where the recipe has one.
+    """Continue ``ids [B, T]`` as the kernels would: RUNTIME arithmetic, and a quantised cache where the recipe has one.
 
     ``options`` go to ``model.generate``. Returns int64 ``[B, <= T + max_new_tokens]``. A plain model just generates.
     """
@@ -72,11 +72,10 @@ def generate(model: nn.Module | QuantizedModel, ids: torch.Tensor, max_new_token
     require_ids("ids", ids, network.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     if not isinstance(model, QuantizedModel):
         return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
-    from .grids import UINT4
     from .hf import KV4Cache
 
-    if model.recipe.scheme.kv == UINT4:
-        options.setdefault("past_key_values", KV4Cache())
+    if model.recipe.scheme.kv is not None:
+        options.setdefault("past_key_values", KV4Cache(model.recipe.scheme.kv))
     with runtime.mode(network, Mode.RUNTIME):
         return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
 

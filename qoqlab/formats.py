@@ -9,6 +9,7 @@ Nothing is unpickled and no code is loaded; sizes, digests, tensor names, shapes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -97,6 +98,8 @@ def save(quantized: QuantizedModel, folder: str | os.PathLike[str]) -> None:
         state.pop("lm_head.weight")
     # not part of the state dict, yet its dtype follows casts of the model
     state[ROTARY] = quantized.model.get_buffer(ROTARY).detach().cpu().contiguous()
+    for leftover in path.glob(".*.partial"):  # of a save that was killed
+        leftover.unlink(missing_ok=True)
     payload = serialize(state)
     digest = hashlib.sha256(payload).hexdigest()
     name = f"weights-{digest[:16]}.safetensors"
@@ -119,16 +122,26 @@ def save(quantized: QuantizedModel, folder: str | os.PathLike[str]) -> None:
 
 def _write_atomically(path: Path, payload: bytes) -> None:
     """Write beside ``path``, flush to disk, then rename over it."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(beside, "xb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        _flush_folder(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename durable, where the system can flush folders."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # the rename itself has succeeded, and not every file system can do this
+            os.fsync(folder)
+        os.close(folder)
 
 
 # --- load -----------------------------------------------------------------------------------------------------------------

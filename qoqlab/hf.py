@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,10 +20,9 @@ class KV4Layer(DynamicLayer):
     and a decoded token to its own exact ones, as QServe's kernels do.
     """
 
-    grid: Grid = UINT4
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, grid: Grid = UINT4) -> None:
+        super().__init__()
+        self.grid = grid
         self.stored: dict[str, QuantizedKV] = {}
 
     def _append(self, name: str, new: torch.Tensor) -> torch.Tensor:
@@ -88,12 +88,14 @@ class KV4Layer(DynamicLayer):
 class KV4Cache(Cache):
     """4-bit KV cache for ``model.generate(..., past_key_values=KV4Cache())``; works with any model whose cache is dynamic.
 
+    Another unsigned ``grid``, such as `grids.UINT8`, makes it a cache of that many bits, for comparison.
+
     Give it to `qoqlab.generate` or use it inside ``with qoqlab.runtime.mode(model, Mode.RUNTIME)``: in simulated mode a
     quantised model rounds keys and values itself.
     """
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=KV4Layer)
+    def __init__(self, grid: Grid = UINT4) -> None:
+        super().__init__(layer_class_to_replicate=functools.partial(KV4Layer, grid))  # type: ignore[arg-type]
 
     def storage_bytes(self) -> int:
         """Bytes of all layers' codes, scales and zeros."""

@@ -58,6 +58,8 @@ def _plant_channels(norm: nn.Module, consumers: list[nn.Linear], channels: torch
     gain = norm.get_parameter("weight").detach()
     raised = gain.clone()
     target = ratio * gain.abs().median()
+    if target == 0:
+        raise ValueError("model: a norm's median gain is 0, so outliers have no size relative to it")
     usable = channels[gain[channels].abs() > 1e-3 * target]
     raised[usable] = target * gain[usable].sign()
     replace_parameter(norm, "weight", raised)

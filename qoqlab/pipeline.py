@@ -80,8 +80,8 @@ def quantize(
 
     Deterministic: the same seed, inputs and thread count give bit-identical codes.
 
-    Raises TypeError for an unsupported architecture or wrong types, KeyError for an unknown preset, ValueError for NaN or
-    infinite weights (naming the parameter), empty calibration, tokens outside the vocabulary, or a layer that the format's
+    Raises TypeError for an unsupported architecture or wrong types, ValueError for an unknown preset, NaN or infinite
+    weights (naming the parameter), empty calibration, tokens outside the vocabulary, or a layer that the format's
     groups do not divide.
     """
     if isinstance(recipe, str):

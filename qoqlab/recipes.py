@@ -24,7 +24,8 @@ class Step:
         try:
             inspect.signature(self.function).bind(None, **self.parameters)
         except TypeError as error:
-            raise TypeError(f"step {self.name}: {error}") from None
+            names = [p for p in inspect.signature(self.function).parameters][1:]
+            raise TypeError(f"step {self.name}: {error}; its parameters: {', '.join(names) or 'none'}") from None
 
     @property
     def name(self) -> str:
@@ -107,14 +108,14 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Recipe:
-    """The preset of a name. Raises KeyError listing the names there are.
+    """The preset of a name. Raises ValueError listing the names there are.
 
     >>> str(get("qoq-g128").scheme), [step.name for step in get("qoq-g128").steps]
     ('W4A8KV4 g128', ['rotate', 'reorder', 'smooth_attention', 'smooth_output', 'clip'])
     """
     presets = _presets()
     if name not in presets:
-        raise KeyError(f"recipe: {name!r} is not a preset; presets: {', '.join(presets)}")
+        raise ValueError(f"recipe: {name!r} is not a preset; presets: {', '.join(presets)}")
     # a copy: nobody can change a preset through the object they got
     return copy.deepcopy(presets[name])
 

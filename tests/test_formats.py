@@ -340,7 +340,8 @@ def test_an_error_while_saving_leaves_the_old_checkpoint_and_no_litter(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(os, operation, broken)
-    if failing > 2:  # there are two of each
+    # there are two renames; of the flushes, every second one is the folder's, which not every file system can do
+    if failing > 2 if operation == "replace" else failing % 2 == 0:
         save(quantized("llama", "qoq-g128"), tmp_path)
         assert_same(load(tmp_path), quantized("llama", "qoq-g128"))
         return

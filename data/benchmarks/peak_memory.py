@@ -69,12 +69,13 @@ def main() -> None:
     """Run both variants and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", help="recorded where the code runs outside a git checkout")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: this measurement reads the GPU allocator's peak")
     results = [measure("rtn-w4a8kv4-g128", 8, 1024)]  # also warms up
     results += [measure("qoq-g128", 128, 1024), measure("qoq-g128-gptq", 128, 1024)]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = options.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     record = {
         "gpu": torch.cuda.get_device_name(),
         "date": date.today().isoformat(),
