@@ -144,10 +144,19 @@ def require_finite_weights(architecture: Architecture) -> None:
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares every tensor with ``model``.
+    """A copy of the module tree that shares every tensor's storage with ``model``; ties stay ties.
 
-    Safe because all transforms replace parameters (`replace_parameter`) instead of writing into them; so quantising a copy
-    costs the memory of the new tensors alone.
+    All transforms replace parameters (`replace_parameter`) instead of writing into them, so quantising a copy costs the
+    memory of the new tensors alone. `own` ends the sharing.
     """
-    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    shared: dict[int, torch.Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(b): b.detach() for b in model.buffers()}
     return copy.deepcopy(model, shared)
+
+
+def own(model: nn.Module, original: nn.Module) -> None:
+    """Give ``model`` its own copy of every tensor that it still shares with ``original``."""
+    theirs = {t.untyped_storage().data_ptr() for t in [*original.parameters(), *original.buffers()] if t.numel()}
+    for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in theirs:
+            tensor.data = tensor.data.clone()  # the tensor objects are the clone's own, only their storage is shared

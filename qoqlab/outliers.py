@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import attention, capture
-from .architecture import Block, clone, describe, replace_parameter
+from .architecture import Block, clone, describe, own, replace_parameter
 from .capture import require_ids
 from .steps import fold_attention_scale
 
@@ -50,6 +50,7 @@ def plant(model: nn.Module, activation_ratio: float = 30.0, key_ratio: float = 1
             _plant_channels(block.mlp_norm, [block.linear(r) for r in ("gate", "up")], channels, activation_ratio)
         if key_ratio > 1:
             fold_attention_scale(block, 1 / _key_growth(block, key_ratio, generator))
+    own(planted, model)
     return planted
 
 

@@ -6,7 +6,6 @@ activations of one block's input and output are held; see `peak_bytes`.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import attention, capture, recipes, runtime
-from .architecture import Block, clone, describe, replace_parameter, require_finite_weights
+from .architecture import Block, clone, describe, own, replace_parameter, require_finite_weights
 from .capture import Batch
 from .checks import require_finite, require_tensor
 from .recipes import Recipe
@@ -96,11 +95,14 @@ def quantize(
     if calibration is not None:
         require_tensor("calibration", calibration)
         capture.require_ids("calibration", calibration, architecture.embedding.num_embeddings)
+    original = model
     if not inplace:
         model = clone(model)
         architecture = describe(model)
     model.eval()
     if recipe.scheme == Scheme() and not recipe.steps:
+        if not inplace:
+            own(model, original)
         return QuantizedModel(model, recipe, pd.DataFrame(columns=REPORT_COLUMNS))
     attention.install(model)
     batches = [] if calibration is None else capture.first_inputs(model, calibration)
@@ -110,6 +112,8 @@ def quantize(
     for step in recipe.steps:
         if hasattr(step.function, "prepare"):
             step.function.prepare(architecture)
+    if not inplace:
+        own(model, original)
     return QuantizedModel(model, recipe, pd.DataFrame(rows, columns=REPORT_COLUMNS))
 
 
@@ -133,16 +137,20 @@ def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
 def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: list[dict[str, object]]) -> list[Batch]:
     """Run all steps on one block, install its quantised layers, append report rows, return the next block's inputs.
 
-    The next block sees this block's exact outputs: quantisation error is not propagated (as in the original).
+    Consumes ``batches``. The next block sees this block's exact outputs: quantisation error is not propagated (as in the
+    original).
     """
     dtype = next(block.layer.parameters()).dtype
     working = torch.float64 if dtype == torch.float64 else torch.float32
     _cast(block.layer, working)
-    batches = [Batch(b.hidden.to(working), b.arguments) for b in batches]
-    outputs = [capture.run_block(block, b) for b in batches]
-    for y in outputs:
+    for i, batch in enumerate(batches):  # in place: each copy of the activations would be gigabytes for a large model
+        batches[i] = Batch(batch.hidden.to(working), batch.arguments)
+    outputs = []
+    for batch in batches:
+        y = capture.run_block(block, batch)
         require_finite(f"calibration: output of model.layers.{block.index}", y)
-    context = Context(block, batches, outputs, recipe.scheme)
+        outputs.append(Batch(y, batch.arguments))
+    context = Context(block, batches, [y.hidden for y in outputs[:REPORT_BATCHES]], recipe.scheme)
     rows.append(_measure(context, "round to nearest", 0.0))
     for step in recipe.steps:
         start = time.perf_counter()
@@ -150,7 +158,7 @@ def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: li
         rows.append(_measure(context, step.name, time.perf_counter() - start))
     runtime.install(block, _quantized_weights(context), recipe.scheme)
     _cast(block.layer, dtype)
-    return [dataclasses.replace(b, hidden=y) for b, y in zip(batches, outputs, strict=True)]
+    return outputs
 
 
 def _quantized_weights(context: Context) -> dict[str, runtime.QuantizedWeight]:
@@ -171,17 +179,16 @@ def _measure(context: Context, stage: str, seconds: float) -> dict[str, object]:
     weights = _quantized_weights(context)
     error = signal = count = 0.0
     for role, weight in weights.items():
-        exact = context.block.linear(role).weight.detach()
-        error += float((weight.dequantize() - exact).double().square().sum())
-        signal += float(exact.double().square().sum())
-        count += exact.numel()
+        original = context.block.linear(role).weight.detach()
+        error += float((weight.dequantize() - original).double().square().sum())
+        signal += float(original.double().square().sum())
+        count += original.numel()
     sqnr = float("nan")
     if context.batches:
-        batches, outputs = context.batches[:REPORT_BATCHES], context.outputs[:REPORT_BATCHES]
+        batches, exact = context.batches[: len(context.exact)], torch.cat(context.exact)
         with runtime.quantized(context.block, weights, context.scheme):
-            rounded = [capture.run_block(context.block, b) for b in batches]
-        added = torch.cat([y - b.hidden for y, b in zip(outputs, batches, strict=True)])
-        sqnr = sqnr_db(added, torch.cat(rounded) - torch.cat(outputs))
+            rounded = torch.cat([capture.run_block(context.block, b) for b in batches])
+        sqnr = sqnr_db(exact - torch.cat([b.hidden for b in batches]), rounded - exact)
     return {
         "stage": stage,
         "layer": context.block.index,
@@ -192,19 +199,22 @@ def _measure(context: Context, stage: str, seconds: float) -> dict[str, object]:
     }
 
 
-def peak_bytes(hidden: int, intermediate: int, q_width: int, kv_width: int, tokens: int) -> dict[str, int]:
+def peak_bytes(hidden: int, intermediate: int, kv_width: int, tokens: int, gptq: bool = False) -> dict[str, int]:
     """What `quantize` holds beside the model's own weights, in bytes, for a geometry and a number of calibration tokens.
 
-    ``block``: one block in fp32, its transformed and its dequantised copy; ``activations``: fp32 inputs and outputs of
-    the block for all tokens, exact and rotated; ``hessians``: for GPTQ; ``total``.
+    ``block``: one block in fp32, exact, being transformed and dequantised; ``activations``: the block's fp32 inputs and
+    outputs for all tokens; ``workspace``: temporaries of a transform of the largest weight in fp64; ``gptq``: the four
+    Hessians and the factorisation of the largest; ``total``. Query width is taken as ``hidden``. Measured beside it on an
+    8B geometry: ``data/benchmarks/peak_memory.json``.
 
-    >>> round(peak_bytes(4096, 14336, 4096, 1024, 128 * 1024)["total"] / 2**30, 1)
-    11.7
+    >>> round(peak_bytes(4096, 14336, 1024, 128 * 1024)["total"] / 2**30, 1)
+    8.6
     """
-    weights = hidden * (2 * q_width + 2 * kv_width + 3 * intermediate)
+    weights = hidden * (2 * hidden + 2 * kv_width + 3 * intermediate)
     parts = {
         "block": 3 * 4 * weights,
-        "activations": 4 * 4 * tokens * hidden,
-        "hessians": 4 * (2 * hidden**2 + q_width**2 + intermediate**2),
+        "activations": 2 * 4 * tokens * hidden,
+        "workspace": 5 * 8 * hidden * intermediate,
+        "gptq": gptq * 4 * (3 * hidden**2 + 5 * intermediate**2),
     }
     return {**parts, "total": sum(parts.values())}

@@ -28,11 +28,12 @@ SITE_OF = {role: site for site, roles in SITES.items() for role in roles}
 
 @dataclass
 class Context:
-    """One block under work: its calibration inputs, its exact outputs, and what steps decided so far."""
+    """One block under work: its calibration inputs and what steps decided so far."""
 
     block: Block
     batches: list[Batch]
-    outputs: list[torch.Tensor]
+    #: exact outputs of the first few batches, for the report
+    exact: list[torch.Tensor]
     scheme: Scheme
     #: clipping ratios per role, [N, groups] or scalar tensors
     ratios: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -123,8 +124,9 @@ def rotate(context: Context, values: bool = False) -> None:
             replace_parameter(linear, name, transforms.rotate_outputs(parameter.detach()))
     if values:
         _rotate_values(block)
-    context.batches = [Batch(_rotate_like(b.hidden), b.arguments) for b in context.batches]
-    context.outputs = [_rotate_like(y) for y in context.outputs]
+    for i, batch in enumerate(context.batches):
+        context.batches[i] = Batch(_rotate_like(batch.hidden), batch.arguments)
+    context.exact = [_rotate_like(y) for y in context.exact]
     context.changed()
 
 

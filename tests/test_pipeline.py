@@ -12,6 +12,7 @@ import torch
 
 from qoqlab import attention, quantize, recipes, steps
 from qoqlab.architecture import describe
+from qoqlab.capture import run_block
 from qoqlab.grids import INT8, UINT4
 from qoqlab.pipeline import REPORT_COLUMNS, peak_bytes, sqnr_db
 from qoqlab.recipes import PER_CHANNEL, PROGRESSIVE, Recipe, Step
@@ -214,9 +215,10 @@ def test_sqnr() -> None:
 
 
 def test_peak_bytes_add_up() -> None:
-    parts = peak_bytes(64, 128, 64, 32, 1000)
+    parts = peak_bytes(64, 128, 32, 1000, gptq=True)
     assert parts["total"] == sum(v for name, v in parts.items() if name != "total")
-    assert peak_bytes(64, 128, 64, 32, 2000)["activations"] == 2 * parts["activations"]
+    assert peak_bytes(64, 128, 32, 2000)["activations"] == 2 * parts["activations"]
+    assert peak_bytes(64, 128, 32, 1000)["gptq"] == 0 < parts["gptq"]
 
 
 # --- combinations ---------------------------------------------------------------------------------------------------------
@@ -265,10 +267,23 @@ def test_every_block_is_calibrated_on_what_it_sees_in_the_model(family: str, con
     kept: list[torch.Tensor] = []
 
     def keep(context: steps.Context) -> None:
-        kept.append(torch.cat(context.outputs))
+        kept.append(torch.cat([run_block(context.block, batch) for batch in context.batches]))
 
     quantize(model, only(Step(keep)), IDS, progress=False)
     with torch.no_grad():
         first, last = model(IDS, use_cache=False, output_hidden_states=True).hidden_states[1:]
         torch.testing.assert_close(kept[0], first, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.model.norm(kept[1]), last, rtol=1e-4, atol=1e-5)
+
+
+def test_later_changes_of_the_original_do_not_reach_the_quantised_model() -> None:
+    """Training or moving the original afterwards must not touch what was made from it."""
+    for preset in ("fp16", "rtn-w4a8kv4"):
+        model = wide("llama", tied=True)
+        quantized = quantize(model, preset, progress=False).model
+        expected = logits(quantized, IDS)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        assert torch.equal(logits(quantized, IDS), expected)
+        assert describe(quantized).tied

@@ -51,14 +51,16 @@ def measure(recipe: str, sequences: int, length: int) -> dict[str, object]:
     q = qoqlab.quantize(model, recipe, ids, progress=False)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    q_width, kv_width = g["heads"] * g["head_dim"], g["kv_heads"] * g["head_dim"]
+    kv_width = g["kv_heads"] * g["head_dim"]
     return {
         "op": "quantize",
         "recipe": recipe,
         "geometry": g,
         "calibration": [sequences, length],
         "peak_bytes_beside_model": torch.cuda.max_memory_allocated() - before,
-        "peak_bytes_on_paper": peak_bytes(g["hidden"], g["intermediate"], q_width, kv_width, sequences * length),
+        "peak_bytes_on_paper": peak_bytes(
+            g["hidden"], g["intermediate"], kv_width, sequences * length, gptq="gptq" in recipe
+        ),
         "seconds_per_block": seconds,
         "seconds_for_all_blocks": seconds * g["layers"],
         "stage_seconds": q.report.groupby("stage", sort=False)["seconds"].sum().round(3).to_dict(),
