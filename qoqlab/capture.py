@@ -113,7 +113,7 @@ def observe(block: Block, batches: list[Batch], keep: int = 512, hessian: bool =
     def on_site(site: str, x: torch.Tensor) -> None:
         largest = x.float().abs().amax(0)
         seen.absmax[site] = torch.maximum(seen.absmax[site], largest) if site in seen.absmax else largest
-        samples[site].append(x[::stride].float())
+        samples[site].append(x[::stride].to(torch.float32, copy=True))  # a view would keep all of x alive
         if hessian:
             gram = x.float().T @ x.float()
             seen.hessian[site] = seen.hessian[site] + gram if site in seen.hessian else gram
