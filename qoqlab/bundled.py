@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,8 +41,23 @@ def load_tiny() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     folder = model_folder()
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with _quiet():
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' loading bar, which says nothing about 30 MB and litters notebooks."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_text(name: str, split: str) -> str:

@@ -103,7 +103,7 @@ def taps(block: Block, on_site: Any, on_attention: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def observe(block: Block, batches: list[Batch], keep: int = 512, hessian: bool = False) -> Observation:
+def observe(block: Block, batches: list[Batch], keep: int = 1024, hessian: bool = False) -> Observation:
     """Run ``block`` over all batches and reduce what passes (see `Observation`). The model must use our attention."""
     seen = Observation()
     total = sum(b.hidden.shape[0] * b.hidden.shape[1] for b in batches)

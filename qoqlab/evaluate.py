@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from . import runtime
-from .architecture import describe
 from .attention import Mode
 from .capture import require_ids
-from .pipeline import QuantizedModel
+from .pipeline import QuantizedModel, sqnr_db
 
 
 def _plain(model: nn.Module | QuantizedModel) -> nn.Module:
@@ -81,12 +80,11 @@ def generate(model: nn.Module | QuantizedModel, ids: torch.Tensor, max_new_token
 
 
 @torch.no_grad()
-def logits_sqnr_db(model: nn.Module, quantized: QuantizedModel, ids: torch.Tensor, batch_size: int = 4) -> float:
-    """Signal-to-error ratio of the quantised model's logits against ``model``'s, in dB, in simulated mode."""
-    from .pipeline import sqnr_db
+def logits_sqnr_db(exact: torch.Tensor, quantized: QuantizedModel, ids: torch.Tensor) -> float:
+    """Signal-to-error ratio of the quantised model's logits in dB, in simulated mode.
 
-    describe(model)
-    exact, rounded = (
-        torch.cat([m(b, use_cache=False).logits.float() for b in ids.split(batch_size)]) for m in (model, quantized.model)
-    )
+    ``exact [B, T, V]``: the original model's logits for ``ids [B, T]``. A constant added to all logits of a token does not
+    count, since it changes no probability.
+    """
+    rounded = quantized.model(ids, use_cache=False).logits.float()
     return sqnr_db(exact - exact.mean(-1, keepdim=True), rounded - exact - (rounded - exact).mean(-1, keepdim=True))

@@ -1,8 +1,8 @@
 """Outliers: how large they are in a model, and how to plant some of a chosen size without changing what it computes.
 
 Large language models have activation channels 10 to 100 times larger than the median one, and fixed key channels about 10
-times larger (paper sections 4.2 and 4.3). Small models have milder ones. `plant` makes a laboratory animal: the same
-function, the same text, realistic difficulty.
+times larger (paper sections 4.2 and 4.3). The bundled model has some of its own (its card lists them);
+`plant` makes a laboratory animal of a chosen difficulty: the same function, the same text.
 """
 
 from __future__ import annotations

@@ -68,6 +68,7 @@ def quantize(
     calibration: torch.Tensor | None = None,
     inplace: bool = False,
     progress: bool = True,
+    report: bool = True,
 ) -> QuantizedModel:
     """Quantise a Hugging Face causal language model.
 
@@ -75,7 +76,7 @@ def quantize(
     statistics and for the report (None is fine for recipes without steps, and then no output error is reported).
     ``inplace=False`` leaves ``model`` untouched; ``inplace=True`` frees its weights block by block, so a model whose run
     fails half-way (out of memory, NaN in calibration) is spent and has to be loaded again. ``progress`` shows a bar over
-    the blocks.
+    the blocks; ``report=False`` skips the measurements after each stage and leaves the report empty.
 
     Deterministic: the same seed, inputs and thread count give bit-identical codes.
 
@@ -108,7 +109,7 @@ def quantize(
     batches = [] if calibration is None else capture.first_inputs(model, calibration)
     rows: list[dict[str, object]] = []
     for block in tqdm(architecture.blocks, desc=recipe.name, unit="block", disable=not progress):
-        batches = _quantize_block(block, batches, recipe, rows)
+        batches = _quantize_block(block, batches, recipe, rows if report else None)
     for step in recipe.steps:
         if hasattr(step.function, "prepare"):
             step.function.prepare(architecture)
@@ -134,7 +135,7 @@ def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
                 )
 
 
-def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: list[dict[str, object]]) -> list[Batch]:
+def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: list[dict[str, object]] | None) -> list[Batch]:
     """Run all steps on one block, install its quantised layers, append report rows, return the next block's inputs.
 
     Consumes ``batches``. The next block sees this block's exact outputs: quantisation error is not propagated (as in the
@@ -151,11 +152,13 @@ def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: li
         require_finite(f"calibration: output of model.layers.{block.index}", y)
         outputs.append(Batch(y, batch.arguments))
     context = Context(block, batches, [y.hidden for y in outputs[:REPORT_BATCHES]], recipe.scheme)
-    rows.append(_measure(context, "round to nearest", 0.0))
+    if rows is not None:
+        rows.append(_measure(context, "round to nearest", 0.0))
     for step in recipe.steps:
         start = time.perf_counter()
         step(context)
-        rows.append(_measure(context, step.name, time.perf_counter() - start))
+        if rows is not None:
+            rows.append(_measure(context, step.name, time.perf_counter() - start))
     runtime.install(block, _quantized_weights(context), recipe.scheme)
     _cast(block.layer, dtype)
     return outputs

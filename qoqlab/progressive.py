@@ -55,11 +55,14 @@ class ProgressiveScales:
     first_level: FirstLevel
 
     def _columns(self, per_group: torch.Tensor, columns: slice) -> torch.Tensor:
-        """``[N, G]`` -> ``[N, columns]`` fp32: the value of the group that each column lies in."""
-        if columns == slice(None):
-            return per_group.float().repeat_interleave(self.group_size, 1)
-        index = torch.arange(self.group_scales.shape[1] * self.group_size, device=per_group.device)[columns]
-        return per_group[:, index // self.group_size].float()
+        """``[N, G]`` -> fp32, broadcasting to ``[N, columns]``: the value of the group that each column lies in."""
+        start, stop, _ = columns.indices(per_group.shape[1] * self.group_size)
+        first, last = start // self.group_size, -(-stop // self.group_size)
+        touched = per_group[:, first:last].float()
+        if last - first == 1:  # one group: broadcast instead of copying
+            return touched
+        offset = first * self.group_size
+        return touched.repeat_interleave(self.group_size, 1)[:, start - offset : stop - offset]
 
     def encode(self, weight: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """uint8 codes of ``weight[:, columns]``, given as ``[N, len(columns)]``."""

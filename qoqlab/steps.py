@@ -203,8 +203,8 @@ def _search_attention_scale(context: Context, keys: torch.Tensor, queries: torch
 class AttentionProbe:
     """Measures the squared error of the attention block's output while q, k and the KV grid are changed."""
 
-    #: Calibration tokens used; the objective is smooth enough for a few thousand.
-    TOKENS = 2048
+    #: Calibration tokens used; the objective is a smooth function of one number, so few are enough.
+    TOKENS = 1024
 
     def __init__(self, context: Context) -> None:
         self.block = context.block
@@ -333,7 +333,7 @@ def reorder(context: Context) -> None:
 # --- clipping and GPTQ ----------------------------------------------------------------------------------------------------
 
 
-def clip(context: Context, count: int = 20, lowest: float = 0.5, block_count: int = 6) -> None:
+def clip(context: Context, count: int = 16, lowest: float = 0.5, block_count: int = 6) -> None:
     """Weight clipping (paper section 4.3.4): ``count`` ratios from 1 to ``lowest``, best one per row and group.
 
     v, o, gate, up and down are judged by their own output error; q and k, one ratio per matrix out of ``block_count``, by

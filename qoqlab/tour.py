@@ -22,7 +22,7 @@ from .recipes import Recipe
 from .schemes import Scheme
 
 #: Tokens per window; calibration and test windows. Small enough for two laptop cores, large enough to rank methods.
-LENGTH, CALIBRATION_WINDOWS, TEST_WINDOWS = 512, 8, 16
+LENGTH, CALIBRATION_WINDOWS, TEST_WINDOWS, SQNR_WINDOWS = 512, 8, 16, 4
 ACTIVATION_RATIO, KEY_RATIO = 30.0, 10.0
 #: The layer whose insides the page shows.
 LAYER = 2
@@ -36,6 +36,11 @@ class Result:
     best: QuantizedModel
 
 
+def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` evenly spaced rows: neighbouring windows are about the same topic."""
+    return windows[:: max(1, len(windows) // count)][:count]
+
+
 def tour_recipes() -> list[Recipe]:
     """Unquantised, round-to-nearest on groups, then the paper's ladder, whose last two complete rungs are QoQ's variants."""
     return [recipes.get("fp16"), recipes.get("rtn-w4a8kv4-g128"), *recipes.ladder()]
@@ -44,10 +49,15 @@ def tour_recipes() -> list[Recipe]:
 def measure(name: str, model: nn.Module, calibration: torch.Tensor, test: torch.Tensor, bar: tqdm) -> Result:
     """Quantise ``model`` with every recipe of the tour; one table row each."""
     rows = []
+    ids = test[:SQNR_WINDOWS]
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits.float()
+    last = tour_recipes()[-1]
     for recipe in tour_recipes():
         bar.set_description(f"{name}: {recipe.name}"[:40].ljust(40))
         start = time.perf_counter()
-        quantized = quantize(model, recipe, calibration if recipe.steps else None, progress=False)
+        data = calibration if recipe.steps else None
+        quantized = quantize(model, recipe, data, progress=False, report=recipe == last)
         seconds = time.perf_counter() - start
         rows.append(
             {
@@ -55,7 +65,7 @@ def measure(name: str, model: nn.Module, calibration: torch.Tensor, test: torch.
                 "step": recipe.name,
                 "format": str(recipe.scheme),
                 "perplexity": perplexity(quantized, test),
-                "logits_sqnr_db": logits_sqnr_db(model, quantized, test[:4]),
+                "logits_sqnr_db": logits_sqnr_db(exact, quantized, ids),
                 "weight_mb": quantized.weight_bytes() / 1e6,
                 "kv_bytes_per_token": quantized.kv_bytes_per_token(),
                 "seconds": seconds,
@@ -210,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     model, tokenizer = load_tiny()
-    calibration = tokens(tokenizer, load_text("python-docs", "calibration"), LENGTH)[:CALIBRATION_WINDOWS]
-    test = tokens(tokenizer, load_text("python-docs", "test"), LENGTH)[:TEST_WINDOWS]
+    calibration = spread(tokens(tokenizer, load_text("python-docs", "calibration"), LENGTH), CALIBRATION_WINDOWS)
+    test = spread(tokens(tokenizer, load_text("python-docs", "test"), LENGTH), TEST_WINDOWS)
     models = {
         "bundled": model,
         "planted": outliers.plant(model, activation_ratio=ACTIVATION_RATIO, key_ratio=KEY_RATIO),

@@ -187,9 +187,13 @@ def test_generate_returns_to_simulated_mode(quantized) -> None:
 
 def test_logits_sqnr(quantized, wide_model) -> None:
     model = wide_model("llama")
-    coarse, fine = (logits_sqnr_db(model, quantized("llama", name), IDS) for name in ("rtn-w4a8kv4", "rtn-w8a8"))
+    exact = logits(model, IDS)
+    coarse, fine = (logits_sqnr_db(exact, quantized("llama", name), IDS) for name in ("rtn-w4a8kv4", "rtn-w8a8"))
     assert 3 < coarse < fine < 60
-    assert logits_sqnr_db(model, quantized("llama", "fp16"), IDS) == math.inf
+    # the unquantised copy differs by the order of additions alone
+    assert logits_sqnr_db(exact, quantized("llama", "fp16"), IDS) > 100
+    # a constant added to all logits of a token changes no probability
+    assert logits_sqnr_db(exact + 5, quantized("llama", "rtn-w8a8"), IDS) == pytest.approx(fine, abs=0.01)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------------

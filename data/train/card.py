@@ -92,12 +92,34 @@ def quote(text: str) -> str:
     return "\n".join(("    " + line).rstrip() for line in lines)
 
 
-def card(training: dict[str, Any], report: dict[str, Any], tokenizer: dict[str, Any]) -> str:
-    """The model card as Markdown."""
+def inspect_model(window: int) -> dict[str, str]:
+    """Facts that this machine measures on the finished model: perplexity on its own Python's text, and outliers."""
+    import platform
+    from pydoc_data.topics import topics
+
+    import qoqlab
+
+    model, tokenizer = qoqlab.load_tiny()
+    ids = qoqlab.tokens(tokenizer, "\n\n".join(topics[key] for key in sorted(topics)), window)
+    table = qoqlab.outliers.measure(model, ids[:2])
+    ratios = table.pivot(index="layer", columns="site", values="ratio")
+    sites = ["qkv", "o", "gate_up", "down", "keys", "values"]
+    rows = [f"| {layer} | " + " | ".join(f"{ratios.loc[layer, s]:.1f}" for s in sites) + " |" for layer in ratios.index]
+    return {
+        "python": platform.python_version(),
+        "tokens": str(ids.numel()),
+        "perplexity": f"{qoqlab.perplexity(model, ids):.2f}",
+        "outliers": "\n".join([f"| layer | {' | '.join(sites)} |", "| ---: |" + " ---: |" * len(sites), *rows]),
+    }
+
+
+def card(training: dict[str, Any], report: dict[str, Any], tokenizer: dict[str, Any], local: dict[str, str]) -> str:
+    """The model card as Markdown; ``local`` as `inspect_model` returns it."""
     recipe, overlap = training["recipe"], report["overlap"]
     train, heldout = report["train"], report["heldout"]
     perplexity = training["perplexity"]
-    names = {"heldout": "held-out documentation", "pydoc_topics": "Python language reference (`pydoc_data.topics`)"}
+    text_python = perplexity.get("pydoc_topics", {}).get("text_python", "?")
+    names = {"heldout": "held-out documentation", "pydoc_topics": f"Python {text_python}'s language reference"}
     held_rows = training["heldout_curve"]
     losses = {row[0]: row[2] for row in training["loss_curve"]}
     table = []
@@ -146,9 +168,23 @@ tokenizer = AutoTokenizer.from_pretrained("data/model")
 | text | tokens | perplexity | unigram model's perplexity |
 | --- | ---: | ---: | ---: |
 {scores}
+| Python {local["python"]}'s language reference | {local["tokens"]} | {local["perplexity"]} | |
 
-Windows of {recipe["window"]} tokens, weights in bfloat16. The unigram model is fitted on the training tokens with
-add-one smoothing. Perplexities are per token of this vocabulary and compare only with others of the same vocabulary.
+The language reference is the text of `pydoc_data.topics`, which differs from one Python version to the next. Windows of
+{recipe["window"]} tokens, weights in bfloat16. The unigram model is fitted on the training tokens with add-one smoothing.
+Perplexities are per token of this vocabulary and compare only with others of the same vocabulary.
+
+## Outliers
+
+How many times the median channel the largest one is, by largest magnitude over two windows of the language reference: at
+the inputs of the linear layers, and in keys (after RoPE) and values, for the head that has most.
+
+{local["outliers"]}
+
+Large models have ratios of 10 to 100 at their norms' outputs and about 10 in fixed key channels. This one has some of both:
+a fixed channel at the input of most attention layers, a very large number in front of one `down_proj`, and RoPE pairs of
+keys that stand out in all layers but the first. Values are even. `qoqlab.outliers.plant` enlarges what is there to a chosen
+size without changing what the model computes.
 
 ## Data
 
@@ -201,7 +237,8 @@ To train it again (the number of steps is recorded in `training.json`):
 ```sh
 python data/train/collect.py --out build/corpus
 python data/train/make_tokenizer.py --corpus build/corpus --out build/tokenizer
-python data/train/train.py --corpus build/corpus --tokenizer build/tokenizer --out build/model --steps {training["steps"]}
+python data/train/train.py --corpus build/corpus --tokenizer build/tokenizer --out build/model \\
+  --batch {recipe["batch"]} --steps {training["steps"]}
 ```
 
 ## Samples
@@ -229,7 +266,7 @@ def main() -> None:
     report = read(args.report, "python data/train/collect.py --out build/corpus")
     tokenizer = read(args.tokenizer / "tokenizer.json", "python data/train/make_tokenizer.py (see data/train/README.md)")
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "README.md").write_text(card(training, report, tokenizer))
+    (args.out / "README.md").write_text(card(training, report, tokenizer, inspect_model(training["recipe"]["window"])))
     (args.out / "loss.svg").write_text(loss_svg(training["loss_curve"], training["heldout_curve"]))
     print(f"wrote {args.out / 'README.md'} and {args.out / 'loss.svg'}")
 

@@ -52,7 +52,7 @@ class Recipe:
 
     seed: int = 20240507
     window: int = 1024
-    batch: int = 128
+    batch: int = 64
     peak_lr: float = 3e-3
     warmup: int = 200
     decay: float = 0.3
