@@ -36,7 +36,7 @@ def test_page_shows_table_and_every_figure(page):
     """Both models, all recipes, and one plotly figure per promised picture."""
     for text in ("bundled", "planted", "rtn-w4a8kv4-g128", "qoq-g128", "gap to fp16"):
         assert text in page
-    assert page.count("Plotly.newPlot(") == 6
+    assert page.count("Plotly.newPlot(") == 11
 
 
 def test_ladder_ends_in_the_preset_and_adds_one_thing_at_a_time():
