@@ -105,11 +105,11 @@ def render(results: dict[str, Result], seen: dict[str, dict[str, torch.Tensor]],
     parts: list[tuple[str, str, list]] = [
         (
             "The ladder",
-            "Each rung adds one thing to the rung before it, in the order of the paper's ablation. Going to 4-bit weights and "
-            "to a 4-bit cache costs perplexity; rotation, clipping and SmoothAttention win most of it back. Steps of 0.2 and "
-            "less say little on a model this small: another choice of calibration text moves the result as much. There the "
-            "signal-to-error ratio of the logits is the steadier judge (the paper's 7B model gains 0.02 to 0.07 from "
-            "progressive groups and reordering together).",
+            "Each rung adds one thing to the rung before it, in the order of the paper's ablation. Going to 4-bit "
+            "weights and to a 4-bit cache costs perplexity; rotation, clipping and SmoothAttention win most of it "
+            "back. Steps of 0.2 and less say little on a model this small: another choice of calibration text moves "
+            "the result as much. There the signal-to-error ratio of the logits is the steadier judge (the paper's 7B "
+            "model gains 0.02 to 0.07 from progressive groups and reordering together).",
             [viz.ladder(ladder_rows(table))],
         ),
         (
@@ -142,8 +142,9 @@ def render(results: dict[str, Result], seen: dict[str, dict[str, torch.Tensor]],
         ),
         (
             "Inputs of down_proj, stage by stage",
-            "Reordering sorts channels by magnitude on the calibration text, so that salient ones, now at the right, share a "
-            "group of 128; output smoothing then divides each by a scale that evens out the weight columns they meet.",
+            "Reordering sorts channels by magnitude on the calibration text, so that salient ones, now at the right, "
+            "share a group of 128; output smoothing then divides each by a scale that evens out the weight columns "
+            "they meet.",
             [
                 *(
                     viz.outlier_map(seen[stage]["down"], f"Input of down_proj, {stage}", log=True)
