@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import require_matrix, require_rows, require_scale_fits
+from .checks import require_enum, require_matrix, require_ratio, require_rows, require_scale_fits
 from .grids import INT8, UINT4, Grid, Zero
 
 
@@ -142,4 +142,6 @@ def quantize_per_channel_u4(weight: torch.Tensor, zero: Zero = Zero.INTEGER, rat
     ([[0, 5, 8, 15]], [5], 0.1)
     """
     require_matrix("weight", weight)
+    require_enum("zero", zero, Zero)
+    require_ratio(ratio)
     return quantize(weight, asymmetric_scales(weight, UINT4, zero, ratio, "weight"))

@@ -92,7 +92,8 @@ def forward(
         here.observer(query, key, value)
     if here.grid is not None and here.mode is Mode.RUNTIME and here.prefill is not None:
         return decode_attention(query, key, value, attention_mask, here.grid, here.prefill, kwargs.get("scaling")), None
-    if here.grid is not None and here.mode is Mode.SIMULATED:
+    cached = getattr(key, "from_quantized_cache", False)
+    if here.grid is not None and here.mode is Mode.SIMULATED and not cached:
         key = quantize_kv(key, here.grid).dequantize(key.dtype)
         value = quantize_kv(value, here.grid).dequantize(value.dtype)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None

@@ -90,6 +90,8 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> torch.
 
     Raises ValueError for a length below 2 (perplexity predicts within a window) or a text shorter than one window.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a string, got {type(text).__name__}")
     if not isinstance(length, int) or length < 2:
         raise ValueError(f"length: expected an integer of at least 2, got {length!r}")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from enum import Enum
 
 import torch
 
@@ -10,6 +11,20 @@ import torch
 def shape_of(value: torch.Tensor) -> str:
     """``4096x100`` for a tensor of that shape, ``scalar`` for a 0-d one."""
     return "x".join(map(str, value.shape)) or "scalar"
+
+
+def require_enum(name: str, value: object, kind: type[Enum]) -> None:
+    """Raise TypeError unless ``value`` is a member of ``kind``; its string value would not do."""
+    if not isinstance(value, kind):
+        members = ", ".join(f"{kind.__name__}.{m.name}" for m in kind)
+        raise TypeError(f"{name}: expected one of {members}, got {value!r}")
+
+
+def require_ratio(ratio: torch.Tensor | float) -> None:
+    """Raise ValueError unless every clipping ratio lies in (0, 1]."""
+    values = torch.as_tensor(ratio)
+    if not bool(((values > 0) & (values <= 1)).all()):
+        raise ValueError(f"ratio: expected numbers with 0 < ratio <= 1, got {float(values.min())}..{float(values.max())}")
 
 
 def require_tensor(name: str, value: object) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from . import runtime
 from .attention import Mode
 from .capture import require_ids
+from .checks import require_enum
 from .pipeline import QuantizedModel, sqnr_db
 
 
@@ -39,14 +40,18 @@ def perplexity(
     ``mode`` (quantised models): ``Mode.SIMULATED`` rounds everything everywhere, as papers report; ``Mode.RUNTIME`` is what
     kernels compute, the first ``prefill`` tokens of a window as a prompt and the rest as decode steps.
 
-    Raises ValueError for tokens outside the vocabulary, a window shorter than 2, or a ``prefill`` outside 1..length.
+    Raises ValueError for tokens outside the vocabulary, a window shorter than 2, a ``prefill`` outside 1..length
+    or a ``batch_size`` below 1; TypeError for a ``mode`` that is not a `Mode`.
     """
     network = _plain(model)
     require_ids("ids", ids, network.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     length = ids.shape[1]
     if length < 2:
         raise ValueError(f"ids: windows of {length} token leave nothing to predict; expected length >= 2")
-    if not 1 <= prefill <= length:
+    require_enum("mode", mode, Mode)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+    if not isinstance(prefill, int) or not 1 <= prefill <= length:
         raise ValueError(f"prefill: expected 1..{length}, got {prefill!r}")
     quantized = isinstance(model, QuantizedModel)
     if mode is Mode.RUNTIME and not quantized:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -46,13 +47,22 @@ class CheckpointError(ValueError):
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain JSON values."""
+    """A recipe as plain JSON values. Raises ValueError for a step that `load` could not find again."""
+    for step in recipe.steps:
+        if steps.STEPS.get(step.name) is not step.function:
+            raise ValueError(f"recipe: step {step.name!r} is not registered; decorate it with qoqlab.steps.step")
     scheme, form = recipe.scheme, recipe.scheme.weights
     return {
         "name": recipe.name,
         "source": recipe.source,
         "scheme": {
-            "weights": form and {"kind": form.kind.value, "group_size": form.group_size, "zero": form.zero.value},
+            "weights": form
+            and {
+                "kind": form.kind.value,
+                "group_size": form.group_size,
+                "zero": form.zero.value,
+                "first_level": form.first_level.value,
+            },
             "activations": scheme.activations and scheme.activations.name,
             "kv": scheme.kv and scheme.kv.name,
         },
@@ -62,15 +72,17 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_from_json(data: dict[str, Any]) -> Recipe:
     """Inverse of `recipe_to_json`; raises KeyError, TypeError or ValueError for anything it does not know."""
-    scheme, known = data["scheme"], {"rotate", "smooth_attention", "smooth_output", "reorder", "clip", "gptq"}
+    scheme = data["scheme"]
     form = scheme["weights"]
-    weights = form and WeightFormat(WeightKind(form["kind"]), int(form["group_size"]), Zero(form["zero"]))
+    weights = form and WeightFormat(
+        WeightKind(form["kind"]), int(form["group_size"]), Zero(form["zero"]), FirstLevel(form["first_level"])
+    )
     grid_of = {None: None, **_GRIDS}
     listed = []
     for entry in data["steps"]:
-        if entry["name"] not in known:
-            raise ValueError(f"steps: {entry['name']!r} is not a step")
-        listed.append(Step(getattr(steps, entry["name"]), dict(entry["parameters"])))
+        if entry["name"] not in steps.STEPS:
+            raise ValueError(f"steps: {entry['name']!r} is not a step; import the module that registers it")
+        listed.append(Step(steps.STEPS[entry["name"]], dict(entry["parameters"])))
     formats = Scheme(weights, grid_of[scheme["activations"]], grid_of[scheme["kv"]])
     return Recipe(str(data["name"]), formats, tuple(listed), str(data["source"]))
 
@@ -110,14 +122,20 @@ def save(quantized: QuantizedModel, folder: str | os.PathLike[str]) -> None:
         "config": json.loads(quantized.model.config.to_json_string(use_diff=False)),  # type: ignore[union-attr, operator]
         "recipe": recipe_to_json(quantized.recipe),
         "generation_config": quantized.model.generation_config.to_dict(),  # type: ignore[union-attr, operator]
-        "report": quantized.report.to_dict("records"),
+        "report": [{k: _plain(v) for k, v in row.items()} for row in quantized.report.to_dict("records")],
         "weights": {"file": name, "bytes": len(payload), "sha256": digest},
     }
+    text = json.dumps(manifest, indent=1, allow_nan=False)  # before anything is written: it may fail
     _write_atomically(path / name, payload)
-    _write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
+    _write_atomically(path / MANIFEST, text.encode())
     for stale in path.glob("weights-*.safetensors"):
         if stale.name != name and _WEIGHT_FILE.fullmatch(stale.name):
             stale.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """Infinite and missing numbers as strings, which JSON lacks."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_atomically(path: Path, payload: bytes) -> None:
@@ -162,6 +180,8 @@ def load(folder: str | os.PathLike[str]) -> QuantizedModel:
         model = _empty_model(manifest["architecture"], manifest["config"])
         model.generation_config = GenerationConfig.from_dict(manifest["generation_config"])  # type: ignore[assignment]
         report = pd.DataFrame(manifest["report"], columns=REPORT_COLUMNS)
+        numbers = {c: float for c in REPORT_COLUMNS if c not in ("stage", "layer")}
+        report = report.astype(numbers)  # "inf" and "nan" come back as numbers
     except Exception as error:  # a stranger's configuration can make transformers raise anything
         raise CheckpointError(f"{path / MANIFEST}: {type(error).__name__}: {error}") from error
     _fill(model, payload, recipe.scheme, path / manifest["weights"]["file"])
@@ -287,7 +307,7 @@ def _take_weight(
         _take(state, f"{name}.group_zeros", groups, torch.uint8 if form.zero is Zero.INTEGER else torch.int8),
         form.group_size,
         form.zero,
-        FirstLevel.UNROUNDED,
+        form.first_level,
         codes,
     )
 

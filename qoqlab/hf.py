@@ -50,7 +50,9 @@ class KV4Layer(DynamicLayer):
         """Append keys (after RoPE) and values ``[B, H, T, D]``; return what attention sees, ``[B, H, past + T, D]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return self._append("keys", key_states), self._append("values", value_states)
+        keys, values = self._append("keys", key_states), self._append("values", value_states)
+        keys.from_quantized_cache = True  # type: ignore[attr-defined]  # so that `attention.forward` does not round again
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Number of cached tokens."""
@@ -90,8 +92,7 @@ class KV4Cache(Cache):
 
     Another unsigned ``grid``, such as `grids.UINT8`, makes it a cache of that many bits, for comparison.
 
-    Give it to `qoqlab.generate` or use it inside ``with qoqlab.runtime.mode(model, Mode.RUNTIME)``: in simulated mode a
-    quantised model rounds keys and values itself.
+    With a quantised model `qoqlab.generate` chooses it, and integer linears, by itself.
     """
 
     def __init__(self, grid: Grid = UINT4) -> None:

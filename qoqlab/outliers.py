@@ -7,6 +7,8 @@ times larger (paper sections 4.2 and 4.3). The bundled model has some of its own
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import torch
 from torch import nn
@@ -36,8 +38,8 @@ def plant(model: nn.Module, activation_ratio: float = 30.0, key_ratio: float = 1
     is at its very best here. Raises ValueError for ratios below 1.
     """
     for name, ratio in (("activation_ratio", activation_ratio), ("key_ratio", key_ratio)):
-        if not ratio >= 1:
-            raise ValueError(f"{name}: expected a number of at least 1, got {ratio!r}")
+        if not isinstance(ratio, int | float) or not 1 <= ratio < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 1, got {ratio!r}")
     attention.require_unquantized(describe(model).blocks)
     planted = clone(model)
     blocks = describe(planted).blocks
@@ -55,14 +57,15 @@ def plant(model: nn.Module, activation_ratio: float = 30.0, key_ratio: float = 1
 
 
 def _plant_channels(norm: nn.Module, consumers: list[nn.Linear], channels: torch.Tensor, ratio: float) -> None:
-    """Raise a norm's gain at ``channels`` to ``ratio`` times the median gain; consumers' columns make up for it."""
+    """Raise a norm's gain at ``channels`` to ``ratio`` times the median gain; consumers' columns make up for it.
+
+    A channel whose gain is nearly 0 stays as it is: its columns would have to grow beyond measure.
+    """
     gain = norm.get_parameter("weight").detach()
     raised = gain.clone()
-    target = ratio * gain.abs().median()
-    if target == 0:
-        raise ValueError("model: a norm's median gain is 0, so outliers have no size relative to it")
-    usable = channels[gain[channels].abs() > 1e-3 * target]
-    raised[usable] = target * gain[usable].sign()
+    median = gain.abs().median()
+    usable = channels[gain[channels].abs() > 1e-3 * median]
+    raised[usable] = ratio * median * gain[usable].sign()
     replace_parameter(norm, "weight", raised)
     growth = (raised.double() / gain.double()).nan_to_num(1.0)
     for linear in consumers:

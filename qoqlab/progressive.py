@@ -18,7 +18,7 @@ from enum import Enum
 import torch
 
 from .affine import divide, symmetric_scales
-from .checks import require_groups, require_matrix
+from .checks import require_enum, require_groups, require_matrix, require_ratio
 from .grids import INT8_PROTECTED, INT8_PROTECTED_SCALED, UINT4, Grid, Zero
 
 __all__ = ["FirstLevel", "ProgressiveScales", "ProgressiveWeight", "Zero", "first_level_grid", "overflows", "quantize"]
@@ -153,6 +153,9 @@ def quantize(
     ([[7, 14, 0, 10]], [[16]], [[7]], [[0, 112, -112, 48]])
     """
     require_matrix("weight", weight)
+    require_enum("zero", zero, Zero)
+    require_enum("first_level", first_level, FirstLevel)
+    require_ratio(ratio)
     scales = choose_scales(weight, group_size, zero, first_level, ratio)
     return ProgressiveWeight(**vars(scales), codes=scales.encode(weight))
 

@@ -45,6 +45,11 @@ class Recipe:
     steps: tuple[Step, ...] = ()
     source: str = ""
 
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            if not isinstance(step, Step):
+                raise TypeError(f"steps: expected Step(function, parameters), got {type(step).__name__}")
+
     def with_steps(self, name: str, *more: Step) -> Recipe:
         """This recipe under another name with further steps at the end."""
         return replace(self, name=name, steps=(*self.steps, *more))
@@ -121,7 +126,7 @@ def get(name: str) -> Recipe:
 
 
 def ladder() -> list[Recipe]:
-    """The paper's ablation (figure 16): each recipe adds one thing to the one before it.
+    """The order of the paper's ablation study: each recipe adds one thing to the one before it.
 
     From W8A8 down to 4-bit weights, then rotation, block-output smoothing and clipping; the KV cache to 4 bits, then
     SmoothAttention; then progressive groups and reordering, which completes `qoq-g128`.
@@ -134,7 +139,7 @@ def ladder() -> list[Recipe]:
         Recipe("+ output smoothing", w4a8, (_ROTATE, _SMOOTH_OUTPUT)),
         Recipe("+ clipping", w4a8, (_ROTATE, _SMOOTH_OUTPUT, _CLIP)),
         Recipe("KV cache to 4 bits", w4a8kv4, (_ROTATE, _SMOOTH_OUTPUT, _CLIP)),
-        Recipe("+ SmoothAttention", w4a8kv4, (_ROTATE, _SMOOTH_ATTENTION, _SMOOTH_OUTPUT, _CLIP)),
+        Recipe("+ SmoothAttention = qoq-per-channel", w4a8kv4, (_ROTATE, _SMOOTH_ATTENTION, _SMOOTH_OUTPUT, _CLIP)),
         Recipe("+ progressive groups", g128, (_ROTATE, _SMOOTH_ATTENTION, _SMOOTH_OUTPUT, _CLIP)),
-        Recipe("+ reordering", g128, get("qoq-g128").steps),
+        Recipe("+ reordering = qoq-g128", g128, get("qoq-g128").steps),
     ]

@@ -13,6 +13,7 @@ from . import attention, reference
 from .affine import Affine, quantize_per_token_s8
 from .architecture import Block, describe
 from .attention import Mode
+from .checks import require_enum
 from .grids import INT8, UINT4, Grid, Zero
 from .packing import pack_u4, unpack_u4
 from .progressive import ProgressiveWeight
@@ -105,6 +106,7 @@ class QuantLinear(nn.Module):
 
 def set_mode(model: nn.Module, mode: Mode, prefill: int | None = None) -> None:
     """Switch every quantised layer of ``model`` to a mode; ``prefill`` as in `attention.AttentionState`."""
+    require_enum("mode", mode, Mode)
     for block in describe(model).blocks:
         here = attention.state(block.attention)
         here.mode, here.prefill = mode, prefill

@@ -9,8 +9,9 @@ import torch
 
 from . import affine, progressive
 from .affine import Affine, AffineScales
+from .checks import require_enum
 from .grids import INT8, Grid, Zero
-from .progressive import ProgressiveScales, ProgressiveWeight
+from .progressive import FirstLevel, ProgressiveScales, ProgressiveWeight
 
 #: Bits of an fp16 scale.
 SCALE_BITS = 16
@@ -26,13 +27,17 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are quantised; `group_size` matters for PROGRESSIVE_U4 only."""
+    """How weights are quantised; `group_size` and `first_level` matter for PROGRESSIVE_U4 only."""
 
     kind: WeightKind
     group_size: int = 128
     zero: Zero = Zero.INTEGER
+    first_level: FirstLevel = FirstLevel.UNROUNDED
 
     def __post_init__(self) -> None:
+        require_enum("kind", self.kind, WeightKind)
+        require_enum("zero", self.zero, Zero)
+        require_enum("first_level", self.first_level, FirstLevel)
         if self.group_size < 1:
             raise ValueError(f"group_size: expected a positive integer, got {self.group_size!r}")
 
@@ -43,7 +48,7 @@ class WeightFormat:
     def choose(self, weight: torch.Tensor, ratio: torch.Tensor | float = 1.0) -> ProgressiveScales | AffineScales:
         """Scales of a finite ``weight [N, K]``; ``ratio`` is a scalar or ``[N, groups]`` and shrinks each range."""
         if self.kind is WeightKind.PROGRESSIVE_U4:
-            return progressive.choose_scales(weight, self.group_size, self.zero, ratio=ratio)
+            return progressive.choose_scales(weight, self.group_size, self.zero, self.first_level, ratio)
         row_ratio = ratio.squeeze(-1) if isinstance(ratio, torch.Tensor) and ratio.ndim == 2 else ratio
         if self.kind is WeightKind.CHANNEL_U4:
             return affine.asymmetric_scales(weight, zero=self.zero, ratio=row_ratio, name="weight")

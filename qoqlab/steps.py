@@ -22,6 +22,16 @@ from .capture import Batch, Observation
 from .reference import QuantizedWeight
 from .schemes import Scheme, assemble
 
+#: Every step by name: what recipes may hold and checkpoints may name.
+STEPS: dict[str, Callable[..., None]] = {}
+
+
+def step(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a step, so that checkpoints made with it can be loaded: ``function(context, **parameters)``."""
+    STEPS[function.__name__] = function
+    return function
+
+
 #: Site whose activations feed each role.
 SITE_OF = {role: site for site, roles in SITES.items() for role in roles}
 
@@ -106,6 +116,7 @@ def rotate_ends(architecture: Architecture) -> None:
         replace_parameter(module, "weight", transforms.rotate_inputs(module.weight.detach()))
 
 
+@step
 def rotate(context: Context, values: bool = False) -> None:
     """Block-input rotation: the residual stream is multiplied by a Hadamard matrix (paper section 4.3.1).
 
@@ -151,6 +162,7 @@ def _rotate_values(block: Block) -> None:
 # --- SmoothAttention ------------------------------------------------------------------------------------------------------
 
 
+@step
 def smooth_attention(context: Context, alpha: float | None = 0.5, beta: float = 0.0) -> None:
     """SmoothAttention: divide keys by lambda and multiply queries, so that key outliers fit 4 bits (paper section 4.2).
 
@@ -253,6 +265,7 @@ class AttentionProbe:
 # --- block-output smoothing and reordering --------------------------------------------------------------------------------
 
 
+@step
 def smooth_output(context: Context, alpha: float | None = 0.3, beta: float | None = None) -> None:
     """Block-output smoothing of o_proj's and down_proj's inputs (paper section 4.3.2).
 
@@ -310,6 +323,7 @@ def _round_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return x if scheme.activations is None else quantize_per_token_s8(x, scheme.activations).dequantize()
 
 
+@step
 def reorder(context: Context) -> None:
     """Activation-aware channel reordering of o_proj's (within heads) and down_proj's inputs (paper section 4.3.3).
 
@@ -333,6 +347,7 @@ def reorder(context: Context) -> None:
 # --- clipping and GPTQ ----------------------------------------------------------------------------------------------------
 
 
+@step
 def clip(context: Context, count: int = 16, lowest: float = 0.5, block_count: int = 6) -> None:
     """Weight clipping (paper section 4.3.4): ``count`` ratios from 1 to ``lowest``, best one per row and group.
 
@@ -342,6 +357,7 @@ def clip(context: Context, count: int = 16, lowest: float = 0.5, block_count: in
     form = context.scheme.weights
     if form is None:
         return
+    context.weights.clear()  # codes that an earlier step chose belong to other ranges
     ratios = clipping.candidate_ratios(count, lowest)
     observed = context.observe()
     for role in ("v", "o", "gate", "up", "down"):
@@ -365,6 +381,7 @@ def _clipped_error(context: Context, probe: AttentionProbe, role: str, ratio: fl
         return probe.error()
 
 
+@step
 def gptq(context: Context, damp: float = 0.01, block_size: int = 128) -> None:
     """GPTQ error feedback on the scales chosen so far (optional in QoQ; run it last)."""
     form = context.scheme.weights

@@ -7,6 +7,8 @@ columns, *outputs* are rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import hadamard
@@ -44,6 +46,9 @@ def smoothing_scale(
     >>> smoothing_scale(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]), alpha=0.5).tolist()
     [2.0, 1.0]
     """
+    for name, value in (("alpha", alpha), ("beta", 0 if beta is None else beta)):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
     beta = 1 - alpha if beta is None else beta
     scale = activation_max.float() ** alpha / weight_max.float() ** beta
     usable = torch.isfinite(scale) & (scale > 0) & (activation_max > 0) & (weight_max > 0)

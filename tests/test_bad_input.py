@@ -357,3 +357,81 @@ def test_a_failed_run_leaves_the_original_alone() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(isinstance(layer.self_attn.q_proj, nn.Linear) for layer in model.model.layers)
     assert not any(hasattr(layer.self_attn, "qoq") for layer in model.model.layers)
+
+
+# --- options of the wrong kind --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["runtime", "simulated", None, 1])
+def test_modes_are_members_of_the_enum(mode: object, quantized) -> None:
+    """A string must not quietly compute something between the two modes."""
+    result = quantized("llama", "qoq-g128")
+    with pytest.raises(TypeError, match=r"mode: expected one of Mode\.SIMULATED, Mode\.RUNTIME, got"):
+        qoqlab.perplexity(result, IDS, mode=mode)
+    with (
+        pytest.raises(TypeError, match=r"mode: expected one of"),
+        qoqlab.runtime.mode(result.model, mode),
+    ):
+        pass
+
+
+def test_zeros_and_first_levels_are_members_of_their_enums() -> None:
+    weight = torch.randn(4, 128)
+    with pytest.raises(TypeError, match=r"zero: expected one of Zero\.INTEGER, Zero\.SCALED, got 'integer'"):
+        qoqlab.progressive.quantize(weight, zero="integer")
+    with pytest.raises(TypeError, match=r"zero: expected one of"):
+        qoqlab.affine.quantize_per_channel_u4(weight, zero="scaled")
+    with pytest.raises(TypeError, match=r"first_level: expected one of FirstLevel\.UNROUNDED"):
+        qoqlab.progressive.quantize(weight, first_level="rounded")
+    with pytest.raises(TypeError, match=r"kind: expected one of WeightKind"):
+        WeightFormat("progressive-u4")
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.5, float("nan"), torch.tensor([0.5, 0.5, 2.0, 0.5])])
+def test_clipping_ratios_lie_between_0_and_1(ratio: object) -> None:
+    for quantizer in (qoqlab.progressive.quantize, qoqlab.affine.quantize_per_channel_u4):
+        with pytest.raises(ValueError, match="ratio: expected numbers with 0 < ratio <= 1"):
+            quantizer(torch.randn(4, 128), ratio=ratio)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "x"])
+def test_smoothing_strengths_are_finite(alpha: object) -> None:
+    recipe = Recipe("mine", Scheme(PROGRESSIVE, INT8), (Step(steps.smooth_output, {"alpha": alpha}),))
+    with pytest.raises(ValueError, match="alpha: expected a finite number"):
+        quantize(wide("llama"), recipe, IDS, progress=False)
+
+
+@pytest.mark.parametrize("ratio", [0.5, float("inf"), float("nan"), "a"])
+def test_planted_ratios_are_finite(ratio: object) -> None:
+    with pytest.raises(ValueError, match="activation_ratio: expected a finite number of at least 1"):
+        qoqlab.outliers.plant(wide("llama"), activation_ratio=ratio)
+    with pytest.raises(ValueError, match="key_ratio: expected a finite number of at least 1"):
+        qoqlab.outliers.plant(wide("llama"), key_ratio=ratio)
+
+
+def test_windows_and_texts() -> None:
+    model = wide("llama")
+    with pytest.raises(ValueError, match="batch_size: expected a positive integer, got 0"):
+        qoqlab.perplexity(model, IDS, batch_size=0)
+    with pytest.raises(ValueError, match=r"prefill: expected 1\.\.\d+, got 1.5"):
+        qoqlab.perplexity(model, IDS, prefill=1.5)
+    with pytest.raises(TypeError, match="text: expected a string, got int"):
+        qoqlab.tokens(None, 5, 512)
+    with pytest.raises(TypeError, match=r"steps: expected Step\(function, parameters\), got function"):
+        Recipe("mine", Scheme(), (steps.rotate,))
+
+
+def test_a_recipe_that_could_not_be_loaded_is_not_saved(tmp_path) -> None:
+    def mine(context: steps.Context) -> None:
+        context.changed()
+
+    result = quantize(wide("llama"), Recipe("mine", Scheme(PROGRESSIVE), (Step(mine),)), IDS, progress=False)
+    with pytest.raises(ValueError, match="recipe: step 'mine' is not registered"):
+        qoqlab.save(result, tmp_path / "checkpoint")
+    assert not list(tmp_path.glob("**/*.safetensors"))
+    steps.step(mine)
+    try:
+        qoqlab.save(result, tmp_path / "checkpoint")
+        assert qoqlab.load(tmp_path / "checkpoint").recipe == result.recipe
+    finally:
+        del steps.STEPS["mine"]

@@ -194,3 +194,27 @@ def test_beam_search(family: str) -> None:
     for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
         assert beam_score(model, sequence[None], 7) == pytest.approx(float(score), abs=1e-3)
     assert cache.storage_bytes() == 2 * 2 * (3 * 12 * 2) * (16 // 2 + 4)
+
+
+def test_a_quantised_model_does_not_round_a_cached_key_twice(quantized) -> None:
+    """`model.generate` with a `KV4Cache` in simulated mode: the cache rounds, the attention function then does not."""
+    result = quantized("llama", "qoq-g128")
+    prompt = torch.arange(6)[None]
+    cache = KV4Cache()
+    with torch.no_grad():
+        result.model(prompt, past_key_values=cache, use_cache=True)
+        seen: list[torch.Tensor] = []
+        layer = result.model.model.layers[0].self_attn
+        handle = layer.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        result.model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+        handle.remove()
+        layer.qoq.grid, grid = None, layer.qoq.grid
+        try:
+            again = KV4Cache()
+            result.model(prompt, past_key_values=again, use_cache=True)
+            handle = layer.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+            result.model(torch.tensor([[7]]), past_key_values=again, use_cache=True)
+            handle.remove()
+        finally:
+            layer.qoq.grid = grid
+    assert torch.equal(seen[0], seen[1])

@@ -126,5 +126,5 @@ def test_a_dead_gain_is_left_alone() -> None:
 @pytest.mark.parametrize("value", [0.5, 0, -3, float("nan")])
 @pytest.mark.parametrize("name", ["activation_ratio", "key_ratio"])
 def test_ratios_below_one_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: expected a number of at least 1, got"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a finite number of at least 1, got"):
         outliers.plant(build("llama"), **{name: value})
