@@ -186,6 +186,12 @@ a fixed channel at the input of most attention layers, a very large number in fr
 keys that stand out in all layers but the first. Values are even. `qoqlab.outliers.plant` enlarges what is there to a chosen
 size without changing what the model computes.
 
+## Licence
+
+The weights and the tokenizer are part of this project and under its licence, Apache-2.0. They were trained on documentation
+under many free licences, among them the GPL and the GFDL; none of that text is included. Whether a model is a derived work of
+its training text is not settled; the model is meant for teaching and research, and can be trained again from other text.
+
 ## Data
 
 Documentation in {len(packages)} Debian packages: {train["documents"]} documents, {train["characters"] / 1e6:.1f} million
