@@ -189,8 +189,8 @@ size without changing what the model computes.
 ## Licence
 
 The weights and the tokenizer are part of this project and under its licence, Apache-2.0. They were trained on documentation
-under many free licences, among them the GPL and the GFDL; none of that text is included. Whether a model is a derived work of
-its training text is not settled; the model is meant for teaching and research, and can be trained again from other text.
+under many free licences, among them the GPL and the GFDL; none of that text is included. Whether a model is a derived work
+of its training text is not settled; this one is meant for teaching and research, and can be trained again from other text.
 
 ## Data
 
