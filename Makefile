@@ -21,8 +21,8 @@ setup: $(VENV)/.installed  ## make .venv and install everything into it
 tour: setup  ## the main job: quantise the bundled model, print the comparison, write build/tour.html
 	$(BIN)/qoqlab-tour --out build/tour.html
 
-lab: setup  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+lab: setup  ## open JupyterLab on the notebooks (as root: make lab ARGS=--allow-root)
+	$(BIN)/jupyter lab notebooks $(ARGS)
 
 test: setup lint  ## everything CI runs: lint, unit tests, doctests, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -125,6 +125,8 @@ def describe(model: nn.Module) -> Architecture:
     Raises TypeError for a class that is not in `SUPPORTED`, naming those that are.
     """
     kind = type(model).__name__
+    if kind == "QuantizedModel":
+        raise TypeError("model: QuantizedModel is quantised already; pass the original model, or its .model to look inside")
     if kind not in SUPPORTED:
         raise TypeError(f"model: {kind} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
     config = model.config

@@ -90,6 +90,8 @@ def tokens(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> torch.
 
     Raises ValueError for a length below 2 (perplexity predicts within a window) or a text shorter than one window.
     """
+    if not callable(tokenizer) and tokenizer is not None:
+        raise TypeError(f"tokenizer: expected a Hugging Face tokenizer, got {type(tokenizer).__name__}")
     if not isinstance(text, str):
         raise TypeError(f"text: expected a string, got {type(text).__name__}")
     if not isinstance(length, int) or length < 2:

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import attention
 from .architecture import SITES, Block, describe
-from .checks import require_codes, shape_of
+from .checks import shape_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,13 @@ class Batch:
 
 def require_ids(name: str, ids: torch.Tensor, vocabulary: int) -> None:
     """Raise unless ``ids`` is a non-empty int64 matrix [n, length] of tokens below ``vocabulary``."""
-    require_codes(name, ids, 0, vocabulary - 1)
+    if not isinstance(ids, torch.Tensor):
+        kind = type(ids).__name__
+        raise TypeError(f"{name}: expected a torch.Tensor of token ids [n, length], got {kind}; qoqlab.tokens makes one")
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"{name}: expected int64 token ids, got {ids.dtype}")
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
+        raise ValueError(f"{name}: token ids must lie in 0..{vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}")
     if ids.dtype != torch.int64 or ids.ndim != 2 or ids.numel() == 0:
         raise ValueError(f"{name}: expected non-empty int64 tokens [n, length], got {ids.dtype} of shape {shape_of(ids)}")
 

@@ -131,7 +131,7 @@ def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
             if k % size:
                 raise ValueError(
                     f"model: {block.name(role)} is {n}x{k}, not divisible into groups of {size} along K; "
-                    "use another group_size"
+                    "use another group_size, or per-channel weights as in qoq-per-channel"
                 )
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -96,13 +97,21 @@ def side_by_side(heads: torch.Tensor) -> torch.Tensor:
     return heads.movedim(0, 1).flatten(1)
 
 
+def same_scale(*maps: Any) -> list[Any]:
+    """Give heat maps one common colour range, so that they compare."""
+    ranges = [(m.data[0].zmin, m.data[0].zmax) for m in maps]
+    for m in maps:
+        m.update_traces(zmin=min(low for low, _ in ranges), zmax=max(high for _, high in ranges))
+    return list(maps)
+
+
 def render(results: dict[str, Result], seen: dict[str, dict[str, torch.Tensor]], python: str) -> str:
     """The page: one self-contained HTML document, plotly embedded once."""
     from . import viz
 
     table = pd.concat([r.table for r in results.values()], ignore_index=True)
     keys = {stage: tensors["keys"].abs().amax((0, 1)) for stage, tensors in seen.items()}
-    parts: list[tuple[str, str, list]] = [
+    parts: list[tuple[str, str, list[Any]]] = [
         (
             "The ladder",
             "Each rung adds one thing to the rung before it, in the order of the paper's ablation. Going to 4-bit "
@@ -115,26 +124,31 @@ def render(results: dict[str, Result], seen: dict[str, dict[str, torch.Tensor]],
         (
             "Error per layer",
             "How faithfully each layer of the planted model computes what it adds to the residual stream, if it were "
-            "quantised after each stage. Higher is better.",
-            [viz.error_by_layer(results["planted"].best.report)],
+            "quantised after each stage: SQNR is the ratio of signal to error in decibels, so higher is better, and 6 dB "
+            "halve the error. Stages are in the order in which the finished recipe runs them, not in the ladder's; lines "
+            "that lie on top of each other are stages that leave the error as it is.",
+            [viz.error_by_layer(results["planted"].best.report, "Output SQNR of every layer, stage by stage")],
         ),
         (
             "Activations, before and after rotation",
-            "Input of the query, key and value projections. A few channels tower over the others, so one scale per token "
-            "leaves little room for the rest; multiplying by a Hadamard matrix spreads them evenly.",
-            [
+            "Input of the query, key and value projections. A few channels tower over the others, so one scale per "
+            "token leaves little room for the rest; multiplying by a Hadamard matrix spreads them evenly. Both maps use "
+            "the same colours.",
+            same_scale(
                 viz.outlier_map(seen["original"]["qkv"], "Attention input before rotation, planted model"),
-                viz.outlier_map(seen["after rotate"]["qkv"], "After rotation: the same tokens, on a finer colour scale"),
-            ],
+                viz.outlier_map(seen["after rotate"]["qkv"], "After rotation: the same tokens"),
+            ),
         ),
         (
             "Keys, before and after SmoothAttention",
-            "Keys carry fixed outlier channels in RoPE pairs (i, i + 64). Rotation cannot reach them, since RoPE stands in "
-            "between; SmoothAttention divides them by lambda and multiplies the queries instead. The maps show all KV heads "
-            "side by side, 128 channels each.",
+            "Keys carry fixed outlier channels in RoPE pairs (i, i + 64). Rotation cannot reach them, since RoPE stands "
+            "in between; SmoothAttention divides them by lambda and multiplies the queries instead. The maps show all KV "
+            "heads side by side, 128 channels each.",
             [
-                viz.outlier_map(side_by_side(seen["original"]["keys"]), "Keys before SmoothAttention"),
-                viz.outlier_map(side_by_side(seen["after smooth_attention"]["keys"]), "Keys after SmoothAttention"),
+                *same_scale(
+                    viz.outlier_map(side_by_side(seen["original"]["keys"]), "Keys before SmoothAttention"),
+                    viz.outlier_map(side_by_side(seen["after smooth_attention"]["keys"]), "Keys after SmoothAttention"),
+                ),
                 viz.channel_profile(
                     {k: keys[k] for k in ("original", "after smooth_attention")}, "Largest key magnitude per channel"
                 ),
@@ -142,20 +156,24 @@ def render(results: dict[str, Result], seen: dict[str, dict[str, torch.Tensor]],
         ),
         (
             "Inputs of down_proj, stage by stage",
-            "Reordering sorts channels by magnitude on the calibration text, so that salient ones, now at the right, "
-            "share a group of 128; output smoothing then divides each by a scale that evens out the weight columns "
-            "they meet.",
+            "Reordering sorts channels by their largest magnitude on the calibration text, so that salient ones, now at "
+            "the right, share a group of 128 weights. Output smoothing then divides every channel by a scale of its own: "
+            "in the last figure, channels by rank, the cliff of a few dominant ones at the left gets lower.",
             [
-                *(
-                    viz.outlier_map(seen[stage]["down"], f"Input of down_proj, {stage}", log=True)
-                    for stage in ("original", "after reorder", "after smooth_output")
+                *same_scale(
+                    *(
+                        viz.outlier_map(seen[stage]["down"], f"Input of down_proj, {stage}", log=True)
+                        for stage in ("original", "after reorder", "after smooth_output")
+                    )
                 ),
                 viz.channel_profile(
                     {
-                        stage: seen[stage]["down"].abs().amax(0)
-                        for stage in ("original", "after reorder", "after smooth_output")
+                        stage: seen[stage]["down"].abs().amax(0) / seen[stage]["down"].abs().amax(0).median()
+                        for stage in ("original", "after smooth_output")
                     },
-                    "Largest activation per channel at down_proj's input",
+                    "Channels of down_proj's input by rank",
+                    ranked=True,
+                    y="largest |x|, in multiples of the median channel",
                 ),
             ],
         ),
@@ -174,21 +192,27 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em aut
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }}
 th, td {{ padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; }}
 td:nth-child(-n+3), th:nth-child(-n+3) {{ text-align: left; }}
+td {{ white-space: nowrap; }}
+.wide {{ overflow-x: auto; }}
 </style></head><body>
 <h1>QoQ on a small language model, stage by stage</h1>
 <p>{html.escape(verdict(table))}</p>
 <p>The planted model computes the same function as the bundled one, but a few of its activation channels are about
 {ACTIVATION_RATIO:.0f} times and a few of its key channels about {KEY_RATIO:.0f} times the median, as large models have by
 themselves. Perplexities depend on the interpreter's own documentation, here Python {html.escape(python)}.</p>
-{numbers}
+<div class="wide">{numbers}</div>
+<p><b>Reading the table.</b> W4A8KV4 g128: 4-bit weights in groups of 128, 8-bit activations, 4-bit keys and values. rtn:
+round to nearest, no preparation. change: perplexity against the row above. logits SQNR: signal over error of the model's
+output in decibels, higher is better. KV, B/token: bytes that one token adds to the cache. The lessons (make lab) explain
+each of them.</p>
 {"".join(body)}
 </body></html>
 """
 
 
 def ladder_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that form the ladder."""
-    return table[~table["step"].isin(["fp16", "rtn-w4a8kv4-g128"])]
+    """The rows that form the ladder, round-to-nearest on top."""
+    return table[table["step"] != "fp16"]
 
 
 def format_table(table: pd.DataFrame) -> pd.DataFrame:

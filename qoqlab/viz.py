@@ -417,7 +417,7 @@ def group_size_curve(table: pd.DataFrame, title: str = "Smaller groups: less err
 # --- recipes --------------------------------------------------------------------------------------------------------------
 
 
-def error_by_layer(report: pd.DataFrame, title: str = "Output error of every layer, stage by stage") -> go.Figure:
+def error_by_layer(report: pd.DataFrame, title: str = "Output SQNR of every layer, stage by stage") -> go.Figure:
     """One line per stage over the layers; the higher the line, the closer the quantised layer is to the exact one.
 
     ``report``: columns ``stage``, ``layer``, ``weight_mse``, ``weight_nmse``, ``output_sqnr_db``, ``seconds``, as in

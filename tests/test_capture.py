@@ -140,10 +140,10 @@ def test_layer_tensors_refuses_a_layer_out_of_range(layer: int) -> None:
         (torch.zeros(0, 4, dtype=torch.int64), ValueError, "ids: expected non-empty int64 tokens"),
         (torch.zeros(4, dtype=torch.int64), ValueError, r"ids: expected non-empty int64 tokens \[n, length\].*shape 4"),
         (torch.zeros(1, 4, dtype=torch.int32), ValueError, "ids: expected non-empty int64 tokens.*int32"),
-        (torch.zeros(1, 4), TypeError, "ids: expected integer codes, got torch.float32"),
-        (torch.full((1, 4), 128), ValueError, r"ids: codes must lie in 0\.\.127, got 128\.\.128"),
-        (torch.full((1, 4), -1), ValueError, r"ids: codes must lie in 0\.\.127, got -1\.\.-1"),
-        ([[1, 2]], TypeError, "ids: expected a torch.Tensor, got list"),
+        (torch.zeros(1, 4), TypeError, "ids: expected int64 token ids, got torch.float32"),
+        (torch.full((1, 4), 128), ValueError, r"ids: token ids must lie in 0\.\.127, got 128\.\.128"),
+        (torch.full((1, 4), -1), ValueError, r"ids: token ids must lie in 0\.\.127, got -1\.\.-1"),
+        ([[1, 2]], TypeError, "ids: expected a torch.Tensor of token ids"),
     ],
 )
 def test_tokens_are_checked(ids: object, error: type[Exception], message: str) -> None:

@@ -208,7 +208,7 @@ def test_perplexity_refuses_bad_arguments(quantized) -> None:
             perplexity(model, IDS, prefill=prefill)
     with pytest.raises(TypeError, match="mode: RUNTIME needs a QuantizedModel"):
         perplexity(model, IDS, Mode.RUNTIME)
-    with pytest.raises(ValueError, match=r"ids: codes must lie in 0\.\.127, got 0\.\.128"):
+    with pytest.raises(ValueError, match=r"ids: token ids must lie in 0\.\.127, got 0\.\.128"):
         perplexity(model, torch.tensor([[0, 128]]))
     with pytest.raises(TypeError, match=r"ids: expected integer codes, got torch\.float32"):
         perplexity(model, torch.zeros(1, 4))
