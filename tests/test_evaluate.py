@@ -210,7 +210,7 @@ def test_perplexity_refuses_bad_arguments(quantized) -> None:
         perplexity(model, IDS, Mode.RUNTIME)
     with pytest.raises(ValueError, match=r"ids: token ids must lie in 0\.\.127, got 0\.\.128"):
         perplexity(model, torch.tensor([[0, 128]]))
-    with pytest.raises(TypeError, match=r"ids: expected integer codes, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"ids: expected int64 token ids, got torch\.float32"):
         perplexity(model, torch.zeros(1, 4))
     with pytest.raises(ValueError, match="ids: expected non-empty int64 tokens"):
         generate(model, torch.zeros(0, 4, dtype=torch.int64), 1)
