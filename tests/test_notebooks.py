@@ -103,7 +103,7 @@ def test_outputs_name_no_machine(path):
     for cell in code_cells(path):
         for output in cell.outputs:
             plain = [output.get("text", ""), *output.get("traceback", []), output.get("data", {}).get("text/plain", "")]
-            assert not re.search(r"/home/|/root/|/work/|/tmp/|/Users/|[A-Z]:\\|0x[0-9a-f]{8,}", "".join(plain))
+            assert not re.search(r"/(home|root|srv|mnt|tmp|work|Users)/|[A-Z]:\\|0x[0-9a-f]{8,}", "".join(plain))
             assert output.get("name") != "stderr", "warnings are fixed, not stored"
             assert not re.search(r"np\.(True_|False_|float|int)|tensor\(", "".join(plain)), "print plain numbers"
 
