@@ -24,8 +24,8 @@ def search_output_error(weight: torch.Tensor, inputs: torch.Tensor, form: Weight
     """Best ratio for every row and group by the error of the layer's output, ``|| x (W^ - W)^T ||^2``.
 
     ``weight [N, K]``, ``inputs [S, K]`` sample of unquantised activations -> ratios fp32 ``[N, groups]``. Groups are decided
-    from left to right, each on top of the output error that the groups before it left, so that errors may cancel; judged
-    alone, they gain half a decibel less. A later (smaller) ratio must be strictly better to win, and a row that would end
+    from left to right, each on top of the output error that the groups before it left, so that errors may cancel. A
+    later (smaller) ratio must be strictly better to win, and a row that would end
     worse than unclipped stays unclipped.
     """
     weight, x = weight.float(), inputs.float()

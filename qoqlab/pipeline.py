@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from . import attention, capture, recipes, runtime
 from .architecture import Block, clone, describe, own, replace_parameter, require_finite_weights
 from .capture import Batch
-from .checks import require_finite, require_tensor
+from .checks import require_finite
 from .recipes import Recipe
 from .schemes import Scheme, WeightKind
 from .steps import Context
@@ -94,7 +94,6 @@ def quantize(
     if calibration is None and recipe.steps:
         raise ValueError(f"calibration: recipe {recipe.name!r} needs tokens [n, length], got None")
     if calibration is not None:
-        require_tensor("calibration", calibration)
         capture.require_ids("calibration", calibration, architecture.embedding.num_embeddings)
     original = model
     if not inplace:

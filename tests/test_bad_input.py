@@ -309,8 +309,8 @@ def test_a_quantised_cache_is_not_inherited_silently() -> None:
         (torch.zeros(2, 8, dtype=torch.bool), TypeError, "calibration: expected int64 token ids, got torch.bool"),
         (torch.full((2, 8), 128), ValueError, r"calibration: token ids must lie in 0\.\.127, got 128\.\.128"),
         (torch.full((2, 8), -1), ValueError, r"calibration: token ids must lie in 0\.\.127, got -1\.\.-1"),
-        ([[1, 2, 3]], TypeError, "calibration: expected a torch.Tensor, got list"),
-        ("some text", TypeError, "calibration: expected a torch.Tensor, got str"),
+        ([[1, 2, 3]], TypeError, r"calibration: expected a torch\.Tensor of token ids \[n, length\], got list"),
+        ("some text", TypeError, r"calibration: expected a torch\.Tensor of token ids \[n, length\], got str"),
     ],
 )
 def test_calibration(calibration: object, error: type[Exception], message: str) -> None:
