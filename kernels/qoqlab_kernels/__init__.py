@@ -1,4 +1,26 @@
-"""numba.cuda kernels of qoqlab: W4A8 GEMM and KV4 attention. What they must equal: `qoqlab.reference`.
+"""numba.cuda kernels of qoqlab: the W4A8 GEMM. What they must equal: `qoqlab.reference`.
 
-Nothing is here yet.
+    packed = qk.pack_weight(w)              a quantised weight in the kernels' order
+    x = qk.quantize_activations(tokens)     per-token INT8, in the kernels' order
+    y = qk.w4a8_gemm(x, None, packed)
+
+Needs numba-cuda (``pip install "qoqlab[cu13]"``) and a GPU of compute capability 8.0 or newer, or, slowly, numba's CUDA
+simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
+
+from .lanes import lane_map
+from .layout import Activations, PackedWeight, pack_weight, unpack
+from .matmul import plan, quantize_activations, w4a8_gemm
+from .plan import Plan
+
+__all__ = [
+    "Activations",
+    "PackedWeight",
+    "Plan",
+    "lane_map",
+    "pack_weight",
+    "plan",
+    "quantize_activations",
+    "unpack",
+    "w4a8_gemm",
+]

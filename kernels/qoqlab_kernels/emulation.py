@@ -1,0 +1,467 @@
+"""The instructions of `ptx` in plain Python, for numba's CUDA simulator.
+
+The simulator runs every thread of a block as a Python thread. Instructions of one thread read and write the block's memory
+at once; instructions of a warp meet at a barrier of its 32 threads, exchange their registers, and each takes its share of
+the result. What hardware would leave undefined (memory outside every array, a bulk copy of a wrong size, a barrier nobody
+will complete) is an error here; shared memory that nobody wrote holds a pattern that spoils results.
+
+Clusters are not emulated: the simulator runs one block at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+#: Seconds after which a thread that waits is taken to wait for ever.
+PATIENCE = 60.0
+#: Where dynamic shared memory starts: not at a multiple of 1024, as on hardware.
+SHARED_BASE = 16
+#: What shared memory holds before anybody writes it.
+POISON = 0xA5
+
+
+class Block:
+    """State of a block that numba's simulator does not have: shared memory, barriers, exchanges between threads."""
+
+    def __init__(self, shared: int) -> None:
+        self.lock = threading.Condition()
+        self.shared = np.full(shared, POISON, np.uint8)
+        self.barriers: dict[int, Barrier] = {}
+        self.meetings: dict[Any, threading.Barrier] = {}
+        self.exchange: dict[Any, dict[int, Any]] = defaultdict(dict)
+        self.arrays: list[tuple[int, np.ndarray]] = []
+
+    def shared_bytes(self, at: int, count: int, align: int) -> np.ndarray:
+        """A view of ``count`` bytes of shared memory."""
+        start = int(at) - SHARED_BASE
+        if int(at) % align:
+            raise ValueError(f"shared memory: address {at} is not a multiple of {align}")
+        if start < 0 or start + count > self.shared.size:
+            raise IndexError(f"shared memory: {count} bytes at {start} of {self.shared.size}")
+        return self.shared[start : start + count]
+
+    def global_bytes(self, at: int, count: int, align: int) -> np.ndarray:
+        """A view of ``count`` bytes of global memory that lie in one of the kernel's arrays."""
+        at = int(at)
+        if at % align:
+            raise ValueError(f"global memory: address is not a multiple of {align}")
+        for start, view in self.arrays:
+            if start <= at and at + count <= start + view.size:
+                return view[at - start : at - start + count]
+        raise IndexError(f"global memory: {count} bytes outside every array")
+
+
+class Barrier:
+    """An mbarrier: completes a phase when the expected arrivals and bytes have come."""
+
+    def __init__(self, count: int) -> None:
+        self.count = self.pending = count
+        self.bytes = 0
+        self.phase = 0
+
+    def settle(self) -> bool:
+        """Start the next phase if this one is complete."""
+        if self.pending or self.bytes:
+            return False
+        self.phase ^= 1
+        self.pending = self.count
+        return True
+
+
+_creation = threading.Lock()
+
+
+def _block() -> Block:
+    manager: Any = threading.current_thread()._manager  # type: ignore[attr-defined]
+    if not hasattr(manager, "qoqlab_block"):
+        with _creation:
+            if not hasattr(manager, "qoqlab_block"):
+                from numba.cuda.simulator.kernel import _get_kernel_context
+
+                manager.qoqlab_block = Block(_get_kernel_context().shared.array(0, np.dtype(np.uint8)).size)
+    return manager.qoqlab_block
+
+
+def _thread() -> int:
+    return threading.current_thread().thread_id  # type: ignore[attr-defined]
+
+
+def _meet(key: Any, count: int) -> None:
+    block = _block()
+    meeting = block.meetings.get(key)
+    if meeting is None:
+        with block.lock:
+            meeting = block.meetings.setdefault(key, threading.Barrier(count))
+    if meeting.parties != count:
+        raise ValueError(f"barrier {key}: {count} threads here, {meeting.parties} elsewhere")
+    try:
+        meeting.wait(PATIENCE)
+    except threading.BrokenBarrierError:
+        raise RuntimeError(f"barrier {key}: {count} threads never met") from None
+
+
+def _warp(values: tuple, compute: Callable[[list], list]) -> Any:
+    """All 32 lanes bring ``values``; lane 0 computes the list of results; every lane takes its own."""
+    block, thread = _block(), _thread()
+    warp, lane = thread // 32, thread % 32
+    box = block.exchange[warp]
+    box[lane] = values
+    _meet(("warp", warp), 32)
+    if lane == 0:
+        box[32] = compute([box[k] for k in range(32)])
+    _meet(("warp", warp), 32)
+    return box[32][lane]  # nobody replaces it before all lanes have brought their next values
+
+
+def nothing(*_: Any) -> None:
+    """An instruction without an effect that a program could see."""
+
+
+# -- addresses and plain memory -------------------------------------------------------------------------------------------
+
+
+def address(array: Any) -> np.uint64:
+    data = array._item._ary if hasattr(array, "_item") else array
+    block, start = _block(), data.ctypes.data
+    with block.lock:
+        if all(start != known for known, _ in block.arrays):
+            block.arrays.append((start, data.reshape(-1).view(np.uint8)))
+    return np.uint64(start)
+
+
+def shared_base() -> np.uint32:
+    return np.uint32(SHARED_BASE)
+
+
+def _load(view: np.ndarray) -> tuple:
+    return tuple(view.view(np.uint32))
+
+
+def lds1(at: int) -> np.uint32:
+    return _load(_block().shared_bytes(at, 4, 4))[0]
+
+
+def lds4(at: int) -> tuple:
+    return _load(_block().shared_bytes(at, 16, 16))
+
+
+def sts1(at: int, value: Any) -> None:
+    _block().shared_bytes(at, 4, 4).view(np.uint32)[0] = value
+
+
+def ldg1(at: int) -> np.uint32:
+    return _load(_block().global_bytes(at, 4, 4))[0]
+
+
+def ldg4(at: int) -> tuple:
+    return _load(_block().global_bytes(at, 16, 16))
+
+
+def stg1(at: int, value: Any) -> None:
+    _block().global_bytes(at, 4, 4).view(np.uint32)[0] = value
+
+
+def stg4(at: int, *values: Any) -> None:
+    _block().global_bytes(at, 16, 16).view(np.uint32)[:] = values
+
+
+def atomic_inc(at: int) -> np.uint32:
+    block = _block()
+    with block.lock:
+        word = block.global_bytes(at, 4, 4).view(np.uint32)
+        before = np.uint32(word[0])
+        word[0] = before + 1
+    return before
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+def _bytes(value: Any) -> list[int]:
+    return [int(value) >> shift & 0xFF for shift in (0, 8, 16, 24)]
+
+
+def permute(a: Any, b: Any, selector: Any) -> np.uint32:
+    pool = _bytes(a) + _bytes(b)
+    return np.uint32(sum(pool[int(selector) >> 4 * i & 7] << 8 * i for i in range(4)))
+
+
+def quotient(a: Any, b: Any) -> np.uint32:
+    return np.uint32(int(a) // int(b))
+
+
+def modulo(a: Any, b: Any) -> np.uint32:
+    return np.uint32(int(a) % int(b))
+
+
+def multiply(a: Any, b: Any) -> np.float32:
+    return np.float32(a) * np.float32(b)
+
+
+def add(a: Any, b: Any) -> np.float32:
+    return np.float32(a) + np.float32(b)
+
+
+def subtract(a: Any, b: Any) -> np.float32:
+    return np.float32(a) - np.float32(b)
+
+
+def as_float(word: Any) -> np.float32:
+    return np.uint32(word).view(np.float32)
+
+
+def to_float(number: Any) -> np.float32:
+    return np.float32(np.int32(number))
+
+
+def pack_half(low: Any, high: Any) -> np.uint32:
+    with np.errstate(over="ignore"):
+        return np.array([low, high], np.float32).astype(np.float16).view(np.uint32)[0]
+
+
+def pack_bfloat(low: Any, high: Any) -> np.uint32:
+    words = np.array([low, high], np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (words + 0x7FFF + (words >> 16 & 1)) >> 16  # to nearest, ties to even
+    return np.uint32(rounded[0] | rounded[1] << np.uint64(16))
+
+
+def unpack_half(word: Any) -> tuple:
+    return tuple(np.uint32(word).reshape(1).view(np.float16).astype(np.float32))
+
+
+def unpack_bfloat(word: Any) -> tuple:
+    return as_float(int(word) << 16 & 0xFFFFFFFF), as_float(int(word) & 0xFFFF0000)
+
+
+def widen_half(word: Any) -> np.float32:
+    return unpack_half(word)[0]
+
+
+def round_half(value: Any) -> np.float32:
+    with np.errstate(over="ignore"):
+        return np.float32(np.float16(np.float32(value)))
+
+
+def divide(a: Any, b: Any) -> np.float32:
+    return np.float32(a) / np.float32(b)
+
+
+def absolute(value: Any) -> np.float32:
+    return np.float32(abs(value))
+
+
+def maximum(a: Any, b: Any) -> np.float32:
+    return np.float32(np.fmax(a, b))
+
+
+def as_int(value: Any) -> np.int32:
+    return np.float32(value).view(np.int32)
+
+
+def round_to_byte(value: Any) -> np.uint32:
+    return np.uint32(int(np.clip(np.rint(value), -127, 127)) & 0xFF)
+
+
+def dp4a(weights: Any, activations: Any, total: Any) -> np.int32:
+    signed = [b - 256 if b > 127 else b for b in _bytes(activations)]
+    return np.int32(int(total) + sum(w * x for w, x in zip(_bytes(weights), signed, strict=True)))
+
+
+def shuffle_xor(value: Any, mask: Any) -> np.int32:
+    return _warp((value,), lambda lanes: [lanes[k ^ int(mask)][0] for k in range(32)])
+
+
+# -- barriers and copies --------------------------------------------------------------------------------------------------
+
+
+def _barrier(at: int) -> Barrier:
+    barriers = _block().barriers
+    if int(at) not in barriers:
+        raise RuntimeError(f"mbarrier at {int(at) - SHARED_BASE}: used before it was initialised")
+    return barriers[int(at)]
+
+
+def _settle(block: Block, barrier: Barrier) -> None:
+    if barrier.pending < 0 or barrier.bytes < 0:
+        raise RuntimeError("mbarrier: more arrivals or bytes than expected")
+    if barrier.settle():
+        block.lock.notify_all()
+
+
+def barrier_init(at: int, count: Any) -> None:
+    block = _block()
+    block.shared_bytes(at, 8, 8)
+    with block.lock:
+        block.barriers[int(at)] = Barrier(int(count))
+
+
+def barrier_expect(at: int, count: Any) -> None:
+    block = _block()
+    with block.lock:
+        barrier = _barrier(at)
+        barrier.bytes += int(count)
+        barrier.pending -= 1
+        if barrier.pending < 0:
+            raise RuntimeError("mbarrier: more arrivals than expected")
+        if barrier.settle():
+            block.lock.notify_all()
+
+
+def barrier_arrive(at: int) -> None:
+    block = _block()
+    with block.lock:
+        barrier = _barrier(at)
+        barrier.pending -= 1
+        _settle(block, barrier)
+
+
+def barrier_arrive_at(at: int, rank: Any) -> None:
+    if int(rank):
+        raise NotImplementedError("the simulator has no clusters")
+    barrier_arrive(at)
+
+
+def barrier_wait(at: int, parity: Any) -> None:
+    block = _block()
+    with block.lock:
+        barrier = _barrier(at)
+        if not block.lock.wait_for(lambda: barrier.phase != int(parity), PATIENCE):
+            raise RuntimeError(f"mbarrier at {int(at) - SHARED_BASE}: phase {int(parity)} never completed")
+
+
+barrier_wait_cluster = barrier_wait
+barrier_fence = nothing
+
+
+def bulk_load(to: int, source: int, count: Any, at: int) -> None:
+    block, size = _block(), int(count)
+    if size % 16 or size <= 0:
+        raise ValueError(f"bulk copy: {size} bytes; a positive multiple of 16 is needed")
+    block.shared_bytes(to, size, 16)[:] = block.global_bytes(source, size, 16)
+    with block.lock:
+        barrier = _barrier(at)
+        barrier.bytes -= size
+        # bytes may be reported before they are announced; only a completed sum counts
+        if barrier.settle():
+            block.lock.notify_all()
+
+
+def bulk_load_multicast(*_: Any) -> None:
+    raise NotImplementedError("the simulator has no clusters")
+
+
+cluster_sync = nothing
+
+
+def cluster_rank() -> np.uint32:
+    raise NotImplementedError("the simulator has no clusters")
+
+
+cluster_index = cluster_count = cluster_rank
+
+
+def named_barrier(number: Any, threads: Any) -> None:
+    _meet(("named", int(number)), int(threads))
+
+
+allow_next_kernel = wait_for_previous_kernel = nothing
+
+
+def copy_async(to: int, source: int) -> None:
+    block = _block()
+    block.shared_bytes(to, 16, 16)[:] = block.global_bytes(source, 16, 16)
+
+
+copy_commit = nothing
+
+
+# -- tensor cores ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(registers: list[tuple]) -> np.ndarray:
+    """Unsigned A operand [16, 32 * steps] of a warp from every lane's registers, four for each step of 32."""
+    words = np.array(registers, np.uint32)  # lane, register
+    b = words.view(np.uint8).reshape(8, 4, -1, 2, 2, 4)  # g, q, step, half, high, byte
+    return b.transpose(4, 0, 2, 3, 1, 5).reshape(16, -1).astype(np.int32)
+
+
+def _scatter(result: np.ndarray) -> list[np.ndarray]:
+    """[16, tokens] -> what each lane holds of it: for 8 tokens (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1)."""
+    v = result.reshape(2, 8, -1, 4, 2)  # high, g, block of tokens, q, odd
+    return list(v.transpose(1, 3, 2, 0, 4).reshape(32, -1))
+
+
+def mma(*registers: Any) -> tuple:
+    def compute(lanes: list) -> list:
+        weights = _weights([lane[4:8] for lane in lanes])
+        words = np.array([lane[8:10] for lane in lanes], np.uint32)
+        x = words.view(np.int8).reshape(8, 4, 2, 4).transpose(0, 2, 1, 3).reshape(8, 32).astype(np.int32)
+        parts = _scatter(weights @ x.T)
+        return [
+            tuple(np.int32(c) + p for c, p in zip(lane[:4], part, strict=True))
+            for lane, part in zip(lanes, parts, strict=True)
+        ]
+
+    return _warp(registers, compute)
+
+
+def load_matrices(at: int) -> tuple:
+    """ldmatrix x4: lane ``8 i + r`` gives the address of row r of matrix i; lane ``4 r + q`` gets 4 bytes of each row r."""
+    block = _block()
+
+    def compute(lanes: list) -> list:
+        rows = [block.shared_bytes(lane[0], 16, 16).view(np.uint32) for lane in lanes]
+        return [tuple(np.uint32(rows[8 * i + lane // 4][lane % 4]) for i in range(4)) for lane in range(32)]
+
+    return _warp((at,), compute)
+
+
+def _transposed(words: list) -> np.ndarray:
+    return np.array(words, np.uint32).view(np.uint16).reshape(8, 8).T.copy()
+
+
+def transpose8(word: Any) -> np.uint32:
+    return _warp((word,), lambda lanes: list(_transposed([lane[0] for lane in lanes]).reshape(-1).view(np.uint32)))
+
+
+def store_transposed(at: int, first: Any, second: Any) -> None:
+    block = _block()
+
+    def compute(lanes: list) -> list:
+        for matrix in (0, 1):
+            rows = _transposed([lane[1 + matrix] for lane in lanes])
+            for r in range(8):
+                block.shared_bytes(lanes[8 * matrix + r][0], 16, 16).view(np.uint16)[:] = rows[r]
+        return [None] * 32
+
+    _warp((at, first, second), compute)
+
+
+def wgmma(tokens: int) -> Callable:
+    def start(accumulators: tuple, a: tuple, descriptor: Any) -> tuple:
+        block, word = _block(), int(descriptor)
+        if (word >> 62, word >> 32 & 0x3FFF, word >> 49 & 7) != (1, 64, 0):
+            raise ValueError(f"wgmma: descriptor {word:#x} is not K-major with a 128-byte swizzle and 1024-byte groups")
+        at = (word & 0x3FFF) << 4
+        if at % 1024:
+            raise ValueError(f"wgmma: activations at {at} are not aligned to the 1024-byte pattern of the swizzle")
+
+        def compute(lanes: list) -> list:
+            tile = block.shared_bytes(at, tokens * 128, 16).view(np.int8).reshape(tokens, 8, 16)
+            row = np.arange(tokens)[:, None]
+            x = tile[row, np.arange(8)[None] ^ row % 8].reshape(tokens, 128).astype(np.int32)
+            parts = _scatter(_weights([lane[1] for lane in lanes]) @ x.T)
+            return [tuple(np.array(lane[0], np.int32) + part) for lane, part in zip(lanes, parts, strict=True)]
+
+        return _warp((accumulators, a), compute)
+
+    return start
+
+
+def wgmma_wait(accumulators: tuple) -> tuple:
+    return accumulators

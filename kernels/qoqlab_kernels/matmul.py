@@ -1,0 +1,289 @@
+"""The W4A8 GEMM as torch sees it: checks, choice of kernel, workspaces, launch, custom operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qoqlab.checks import require_rows, require_tensor, shape_of
+from qoqlab.grids import Zero
+
+from . import gemm, launch, ptx, quantize
+from .layout import Activations, PackedWeight, blocks
+from .plan import Plan, plan_for, rules, version_for
+
+KINDS = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "single", torch.int8: "codes"}
+
+
+def _run(build: Callable[..., launch.Program], constants: tuple, grid: tuple[int, int, int], arguments: list) -> None:
+    """Launch a program on the GPU where its tensors are, or simulate it."""
+    if ptx.SIMULATED:
+        launch.simulate(build(*constants), grid, arguments)
+        return
+    device = arguments[0].device.index
+    with torch.cuda.device(device):
+        launch.kernel(build, constants, device)(grid, arguments)
+
+
+def _require_place(name: str, tensor: torch.Tensor) -> None:
+    """Tensors must be where kernels run."""
+    if tensor.device.type != ("cpu" if ptx.SIMULATED else "cuda"):
+        raise ValueError(
+            f"{name}: on {tensor.device}; "
+            + ("the CUDA simulator works on CPU tensors" if ptx.SIMULATED else "the kernels need a CUDA tensor")
+            + " (qoqlab.reference.w4a8_matmul computes the same anywhere)"
+        )
+
+
+def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) -> Activations:
+    """Per-token INT8 activations in the order that the GEMM reads, with the sums of codes that its epilogue needs.
+
+    ``x [M, K]`` fp16, bf16 or fp32, or INT8 codes with their ``x_scales`` fp16 [M]; K a multiple of 32. Equals
+    `qoqlab.affine.quantize_per_token_s8` bit for bit (paper section 4.1), in one kernel. NaN and infinity are not looked
+    for: that would wait for the GPU.
+
+    Raises TypeError or ValueError for another dtype, shape or device.
+    """
+    require_tensor("x", x)
+    if x.dtype not in KINDS:
+        raise TypeError(f"x: expected fp16, bf16, fp32 or int8, got {x.dtype}")
+    if x.ndim != 2 or 0 in x.shape or x.shape[1] % 32:
+        raise ValueError(f"x: expected [M, K] with K a multiple of 32, got {shape_of(x)}")
+    m, k = x.shape
+    if (x.dtype == torch.int8) != (x_scales is not None):
+        raise ValueError(f"x_scales: int8 codes need their scales, other dtypes have none; x is {x.dtype}")
+    if x_scales is not None:
+        _require_scales(x_scales, m, x.device)
+    _require_place("x", x)
+    if torch.compiler.is_compiling():
+        tiles, tokens = _quantize_operator(x, x_scales)
+        return Activations(tiles, tokens, m, k)
+    x = _aligned(x)
+    units, padded = blocks(k, 128), blocks(m, 8) * 8
+    tiles = torch.empty(units, padded, 128, dtype=torch.int8, device=x.device)
+    tokens = torch.empty(padded, 2, dtype=torch.int32, device=x.device)
+    scales = tiles if x_scales is None else x_scales.contiguous()
+    arrays = [x, scales, tiles, tokens]
+    if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
+        word = {torch.float32: torch.float32, torch.int8: torch.uint8}.get(x.dtype, torch.uint16)
+        arrays = [x.view(word), scales.view(torch.uint16), tiles.view(torch.uint8), tokens.view(torch.uint32)]
+    _run(quantize.quantize, (KINDS[x.dtype],), (padded, 1, 1), [*arrays, m, k, units])
+    return Activations(tiles, tokens, m, k)
+
+
+def _require_scales(scales: torch.Tensor, m: int, device: torch.device) -> None:
+    require_tensor("x_scales", scales)
+    if scales.dtype != torch.float16 or scales.shape != (m,) or scales.device != device:
+        raise ValueError(
+            f"x_scales: expected fp16 [{m}] on {device}, one number per token, got {scales.dtype} of shape "
+            f"{shape_of(scales)} on {scales.device}"
+        )
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy where it is not contiguous or not on a 16-byte boundary."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def w4a8_gemm(
+    x_codes: torch.Tensor | Activations,
+    x_scales: torch.Tensor | None,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:
+    """``y = x w^T + bias`` on integer tensor cores: exact int32 accumulation, fp32 epilogue, one rounding to ``dtype``.
+
+    ``x_codes``: int8 ``[M, K]`` with ``x_scales`` fp16 [M], or `Activations` from `quantize_activations` with ``x_scales``
+    None, which saves a pass. ``packed``: from `pack_weight`. ``bias`` float [N] (fp32 saves a conversion). ``out``: where
+    the result goes, ``[M, N]`` contiguous of ``dtype``. ``dtype``: fp16 or bf16. Returns ``[M, N]``.
+
+    In fp16 the result equals `qoqlab.reference.w4a8_matmul` bit for bit (paper section 5.2). Runs on torch's current stream;
+    may be captured in a CUDA graph and used under torch.compile. `plan` explains the choice of kernel.
+
+    Raises TypeError or ValueError naming the argument for wrong dtypes, shapes, devices or layouts of ``out``; RuntimeError
+    on GPUs below compute capability 8.0.
+    """
+    if not isinstance(packed, PackedWeight):
+        raise TypeError(f"packed: expected a PackedWeight (see pack_weight), got {type(packed).__name__}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype}")
+    if isinstance(x_codes, Activations):
+        if x_scales is not None:
+            raise ValueError("x_scales: Activations carry their own; pass None")
+        x = x_codes
+    else:
+        require_tensor("x_codes", x_codes)
+        if x_codes.dtype != torch.int8 or x_codes.ndim != 2:
+            raise TypeError(
+                f"x_codes: expected int8 [M, K] or Activations, got {x_codes.dtype} of shape {shape_of(x_codes)}"
+            )
+        if x_codes.shape[1] != packed.k:
+            raise ValueError(f"x_codes: K = {x_codes.shape[1]} does not match the weight's K = {packed.k}")
+        x = quantize_activations(x_codes, x_scales)
+    if x.k != packed.k:
+        raise ValueError(f"x_codes: K = {x.k} does not match the weight's K = {packed.k}")
+    if x.device != packed.device:
+        raise ValueError(f"packed: on {packed.device}, the activations on {x.device}; use packed.to(...)")
+    _require_place("x_codes", x.tiles)
+    bias = _checked_bias(bias, packed)
+    if out is None:
+        if torch.compiler.is_compiling():
+            return _operator(x.tiles, x.tokens, x.m, packed.units, packed.rows, packed.n, packed.k, packed.group_size,
+                             packed.zero is Zero.SCALED, bias, dtype)  # fmt: skip
+        out = torch.empty(x.m, packed.n, dtype=dtype, device=x.device)
+    else:
+        require_tensor("out", out)
+        if out.dtype != dtype or out.shape != (x.m, packed.n) or out.device != x.device:
+            raise ValueError(
+                f"out: expected {dtype} [{x.m}, {packed.n}] on {x.device}, got {out.dtype} of shape {shape_of(out)} on "
+                f"{out.device}"
+            )
+        if not out.is_contiguous() or out.data_ptr() % 16:
+            raise ValueError("out: must be contiguous and start on a 16-byte boundary")
+    form = _form(packed, dtype, bias)
+    run(plan(x.m, packed, form), form, x, packed, bias, out)
+    return out
+
+
+def _checked_bias(bias: torch.Tensor | None, packed: PackedWeight) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    look_inside = ptx.SIMULATED and not torch.compiler.is_compiling()  # on a GPU that would wait for it
+    require_rows("bias", bias) if look_inside else require_tensor("bias", bias)
+    if not bias.is_floating_point() or bias.shape != (packed.n,) or bias.device != packed.device:
+        raise ValueError(
+            f"bias: expected a float [{packed.n}] on {packed.device}, one number per output, got {bias.dtype} of shape "
+            f"{shape_of(bias)} on {bias.device}"
+        )
+    return bias.float().contiguous()
+
+
+def _form(packed: PackedWeight, dtype: torch.dtype, bias: torch.Tensor | None) -> gemm.Form:
+    scaled = packed.group_size == 0 and packed.zero is Zero.SCALED
+    return gemm.Form(packed.groups, scaled, dtype == torch.bfloat16, bias is not None)
+
+
+@functools.cache
+def _gpu(index: int) -> tuple[tuple[int, int], int, str]:
+    """Compute capability, multiprocessors and name of a device."""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count, properties.name
+
+
+def plan(m: int, packed: PackedWeight, form: gemm.Form | None = None) -> Plan:
+    """The `Plan` by which a product with ``m`` tokens runs on the weight's device."""
+    form = form or _form(packed, torch.float16, None)
+    if ptx.SIMULATED:
+        return simulated_plan(m, packed, form)
+    capability, processors, name = _gpu(packed.device.index)
+    return plan_for(m, packed.n, packed.k, form, capability, processors, name)
+
+
+def simulated_plan(m: int, packed: PackedWeight, form: gemm.Form) -> Plan:
+    """Small sizes for the simulator: three workers, so that tiles are shared."""
+    chosen = rules(version_for((9, 0)), min(m, 64), packed.n, blocks(packed.k, 128), form, 3)
+    return Plan(
+        chosen.version, chosen.tokens, chosen.warpgroups, min(3, chosen.stages) if chosen.stages else 0, 1, chosen.workers
+    )
+
+
+def run(
+    plan: Plan, form: gemm.Form, x: Activations, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Launch the kernel of a plan; operands are checked already."""
+    row_tiles, token_tiles = plan.tiles(x.m, packed.n)
+    units_n, units_k = packed.units.shape[:2]
+    parts, counters = workspace(plan, row_tiles * token_tiles, x.device)
+    arguments = [packed.units, x.tiles, x.tokens, packed.rows, packed.rows if bias is None else bias, out, parts, counters]
+    sizes = [x.m, packed.n, units_n, units_k, row_tiles, token_tiles]
+    if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
+        dtypes = (
+            torch.uint8,
+            torch.uint8,
+            torch.uint32,
+            torch.uint32,
+            torch.float32,
+            torch.uint16,
+            torch.uint8,
+            torch.uint32,
+        )
+        arguments = [tensor.view(kind) for tensor, kind in zip(arguments, dtypes, strict=True)]
+    _run(gemm.VERSIONS[plan.version], plan.constants(form), plan.grid(x.m, packed.n), [*arguments, *sizes])
+
+
+@dataclass
+class Workspace:
+    """Room for the partial sums of shared tiles, and their counters, which every launch leaves at zero."""
+
+    capture: int
+    parts: torch.Tensor
+    counters: torch.Tensor
+
+
+_workspaces: dict[tuple, Workspace] = {}
+
+
+def workspace(plan: Plan, tiles: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums and counters for a launch on the current stream.
+
+    Kernels of a stream follow each other and share theirs. A CUDA graph gets its own, because it may be replayed beside
+    other work of the stream on which it was captured; its replay zeroes the counters once.
+    """
+    if plan.version not in ("v4", "v5"):
+        nothing = torch.empty(1, dtype=torch.int32, device=device)
+        return nothing.view(torch.uint8), nothing
+    groups = plan.cluster * plan.warpgroups
+    size, count = plan.workers * 2 * groups * 64 * plan.tokens * 4, tiles * groups
+    place: tuple = (device,)
+    capture = 0
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            capture = launch.capture_id()
+            place = (device, torch.cuda.current_stream().cuda_stream, capture > 0)
+    found = _workspaces.get(place)
+    if found is None or found.capture != capture or found.parts.numel() < size or found.counters.numel() < count:
+        parts = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        found = _workspaces[place] = Workspace(capture, parts, counters)
+    return found.parts, found.counters
+
+
+@torch.library.custom_op("qoqlab::quantize_activations", mutates_args=())
+def _quantize_operator(x: torch.Tensor, x_scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    made = quantize_activations(x, x_scales)
+    return made.tiles, made.tokens
+
+
+@_quantize_operator.register_fake
+def _(x, x_scales):  # type: ignore[no-untyped-def]
+    units, padded = blocks(x.shape[1], 128), blocks(x.shape[0], 8) * 8
+    return x.new_empty((units, padded, 128), dtype=torch.int8), x.new_empty((padded, 2), dtype=torch.int32)
+
+
+@torch.library.custom_op("qoqlab::w4a8_gemm", mutates_args=())
+def _operator(
+    tiles: torch.Tensor,
+    tokens: torch.Tensor,
+    m: int,
+    units: torch.Tensor,
+    rows: torch.Tensor,
+    n: int,
+    k: int,
+    group_size: int,
+    scaled: bool,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    packed = PackedWeight(units, rows, n, k, group_size, Zero.SCALED if scaled else Zero.INTEGER)
+    return w4a8_gemm(Activations(tiles, tokens, m, k), None, packed, bias, dtype=dtype)
+
+
+@_operator.register_fake
+def _(tiles, tokens, m, units, rows, n, k, group_size, scaled, bias, dtype):  # type: ignore[no-untyped-def]
+    return tiles.new_empty((m, n), dtype=dtype)

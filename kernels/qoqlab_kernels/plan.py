@@ -1,0 +1,141 @@
+"""Which version and which sizes for a problem: a measured table where there is one, otherwise rules."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import gemm
+from .launch import cache_folder
+from .layout import UNIT_N, blocks
+
+#: Overrides the version, for lessons and tests: ``QOQLAB_KERNEL=v3``.
+OVERRIDE = "QOQLAB_KERNEL"
+SHIPPED = Path(__file__).with_name("tuned.json")
+#: Tokens in a tile: what the tensor core takes as its n.
+TOKENS = {"v4": (8, 16, 32, 64), "v5": (8, 16, 32, 64, 128, 256)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one product is computed. ``warpgroups`` of 64 outputs each and ``tokens`` make a block's tile, ``stages`` of 128
+    inputs are in flight, ``cluster`` blocks share activations, ``workers`` blocks (clusters) divide the work. v1 to v3 have
+    no choices."""
+
+    version: str
+    tokens: int = 64
+    warpgroups: int = 1
+    stages: int = 0
+    cluster: int = 1
+    workers: int = 1
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if self.version not in gemm.VERSIONS:
+            raise ValueError(f"version: {self.version!r} is not one of {', '.join(gemm.VERSIONS)}")
+        if self.version in TOKENS and self.tokens not in TOKENS[self.version]:
+            raise ValueError(f"tokens: {self.tokens} is not one of {TOKENS[self.version]} ({self.version})")
+        if self.version in TOKENS and self.stages < 2:
+            raise ValueError(f"stages: {self.stages}; a ring has at least 2 ({self.version})")
+        if self.version == "v5" and self.tokens >= 128 and self.warpgroups != 2:
+            raise ValueError(f"warpgroups: {self.warpgroups}; tiles of {self.tokens} tokens share the registers between 2")
+        if self.workers < 1 or self.cluster < 1 or self.warpgroups < 1:
+            raise ValueError(f"plan: workers, cluster and warpgroups are at least 1, got {self}")
+
+    def constants(self, form: gemm.Form) -> tuple:
+        """Arguments of the version's builder."""
+        if self.version == "v5":
+            return (form, self.tokens, self.warpgroups, self.stages, self.cluster, self.overlap)
+        return (form, self.tokens, self.stages) if self.version == "v4" else (form,)
+
+    def tiles(self, m: int, n: int) -> tuple[int, int]:
+        """Row tiles (of all blocks of a cluster) and token tiles."""
+        return blocks(blocks(n, UNIT_N), self.warpgroups * self.cluster), blocks(m, self.tokens)
+
+    def grid(self, m: int, n: int) -> tuple[int, int, int]:
+        """Blocks to launch."""
+        if self.version == "v2":
+            return blocks(n, 16), blocks(m, 16), 1
+        if self.version in ("v1", "v3"):
+            return m, blocks(n, UNIT_N), 1
+        return self.workers * self.cluster, 1, 1
+
+
+def version_for(capability: tuple[int, int]) -> str:
+    """The version that a GPU gets: what the override says, else v5 on Hopper and v4 from sm_80 on.
+
+    Raises RuntimeError below sm_80, ValueError for an override that does not exist or that the GPU cannot run.
+    """
+    chosen = os.environ.get(OVERRIDE)
+    if capability < (8, 0):
+        raise RuntimeError(
+            f"GPU: compute capability {capability[0]}.{capability[1]}; the kernels need 8.0 (A100, RTX 30) or newer"
+        )
+    best = "v5" if capability == (9, 0) else "v4"
+    if chosen is None:
+        return best
+    if chosen not in gemm.VERSIONS:
+        raise ValueError(f"{OVERRIDE}: {chosen!r} is not one of {', '.join(gemm.VERSIONS)}")
+    if chosen == "v5" and best != "v5":
+        raise ValueError(
+            f"{OVERRIDE}: v5 needs compute capability 9.0 (Hopper), this GPU has {capability[0]}.{capability[1]}"
+        )
+    return chosen
+
+
+def key(gpu: str, m: int, n: int, k: int, groups: int) -> str:
+    """Name of a tuned point: m is rounded up to a power of two."""
+    return f"{gpu}|m{1 << max(0, m - 1).bit_length()}|{n}x{k}|{f'g{128 // groups}' if groups else 'channel'}"
+
+
+@functools.cache
+def tuned() -> dict[str, dict]:
+    """The shipped table of measured best plans, and over it what was tuned on this machine."""
+    table: dict[str, dict] = {}
+    for path in (SHIPPED, cache_folder() / "tuned.json"):
+        if path.is_file():
+            table |= json.loads(path.read_text(encoding="utf-8"))
+    return table
+
+
+def remember(name: str, plan: Plan) -> None:
+    """Add a tuned point to this machine's table."""
+    path = cache_folder() / "tuned.json"
+    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table[name] = asdict(plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
+    part.replace(path)
+    tuned.cache_clear()
+
+
+def rules(version: str, m: int, n: int, k_blocks: int, form: gemm.Form, processors: int) -> Plan:
+    """Sizes by rule. The smallest token tile that holds the batch, at most the widest; as many workers as
+    multiprocessors."""
+    sizes = TOKENS.get(version, (64,))
+    tokens = next((size for size in sizes if size >= m), sizes[-1])
+    if version == "v4":
+        row_tiles, token_tiles = blocks(n, UNIT_N), blocks(m, tokens)
+        return Plan("v4", tokens, 1, 4, 1, min(2 * processors, row_tiles * token_tiles * k_blocks))
+    if version != "v5":
+        return Plan(version)
+    # from 64 tokens on, activations are as many bytes as weights: two blocks share them
+    cluster = 2 if tokens >= 64 and n > 2 * UNIT_N and processors > 1 else 1
+    # small batches leave half of the shared memory to the next kernel, which fills it while this one drains
+    limit = gemm.SHARED_HALF if tokens <= 32 else gemm.SHARED_LIMIT
+    stages = gemm.stages_that_fit(tokens, 2, form.unit, limit)
+    units = blocks(blocks(n, UNIT_N), 2 * cluster) * blocks(m, tokens) * k_blocks
+    return Plan("v5", tokens, 2, stages, cluster, min(processors // cluster, units))
+
+
+def plan_for(m: int, n: int, k: int, form: gemm.Form, capability: tuple[int, int], processors: int, gpu: str = "") -> Plan:
+    """The plan for a product on a GPU of ``processors`` multiprocessors: tuned if it was measured, else by `rules`."""
+    version = version_for(capability)
+    found = tuned().get(key(gpu, m, n, k, form.groups))
+    if found and found["version"] == version:
+        return Plan(**found)
+    return rules(version, m, n, blocks(k, 128), form, processors)

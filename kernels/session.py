@@ -1,0 +1,196 @@
+"""Everything that the kernels need a GPU for, in one command of at most about eight minutes.
+
+    python kernels/session.py --out RESULTS [--seconds 480] [--only smoke,bench] [--commit HASH]
+
+smoke       every version, format and tile against the exact reference
+memcheck    compute-sanitizer on small cases: accesses out of bounds, misaligned
+racecheck   compute-sanitizer on small cases: hazards in shared memory
+tune        the fastest plans for the four layers -> RESULTS/tuned.json
+bench       the benchmark, with these plans -> RESULTS/gemm.json
+ncu         Nsight Compute on two kernels -> RESULTS/ncu.txt
+
+Each step is a process of its own with a time limit, its output in RESULTS/<step>.txt; a step that fails or runs out of time
+does not keep the others from running. A table comes last. Works from a checkout that is not installed, and where numba-cuda
+meets a NumPy without ``row_stack``: this runner, and nothing else, puts the name back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import numpy  # noqa: E402
+
+if not hasattr(numpy, "row_stack"):  # numba-cuda 0.30 asks for it at import; NumPy 2.5 has removed it
+    vars(numpy)["row_stack"] = numpy.vstack
+
+#: Step -> seconds it may take.
+STEPS = {"smoke": 90, "memcheck": 60, "racecheck": 60, "tune": 150, "bench": 150, "ncu": 60}
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
+
+
+def command(step: str, out: Path, commit: str) -> list[str]:
+    """What a step runs."""
+    inner = "small" if step in ("memcheck", "racecheck") else "profile" if step == "ncu" else step
+    own = [sys.executable, str(Path(__file__).resolve()), "--out", str(out), "--step", inner]
+    if commit:
+        own += ["--commit", commit]
+    if step in ("memcheck", "racecheck"):
+        return ["compute-sanitizer", "--tool", step, "--error-exitcode", "9", "--print-limit", "20", *own]
+    if step == "ncu":
+        chosen = [word for section in SECTIONS for word in ("--section", section)]
+        names = ["--kernel-name-base", "mangled", "--kernel-name", "regex:qoqlab_kernels4gemm"]
+        return ["ncu", "--clock-control", "none", *names, "--launch-count", "2", *chosen, *own]
+    return own
+
+
+def smoke_cases(small: bool = False) -> list[tuple]:
+    """(case, plan) for every version and format, and for every tile and cluster of v5; ``small``: few, for a sanitizer."""
+    from qoqlab_kernels import gemm
+    from qoqlab_kernels.cases import FORMATS, Case
+    from qoqlab_kernels.plan import TOKENS, Plan
+
+    shape = (160, 512) if small else (416, 1152)
+    found = []
+    for name in ("g128", "channel") if small else FORMATS:
+        found += [(Case(5, *shape, name), Plan(version)) for version in ("v1", "v2", "v3")]
+        found.append((Case(21, *shape, name), Plan("v4", 16, 1, 3, 1, 5)))
+        found.append((Case(21, *shape, name), Plan("v5", 16, 2, 4, 1, 3)))
+    for tokens in (8, 64) if small else TOKENS["v4"]:
+        found.append((Case(2 * tokens + 3, *shape, "g128"), Plan("v4", tokens, 1, 2, 1, 7)))
+    for tokens in (8, 64, 128) if small else TOKENS["v5"]:
+        deepest = gemm.stages_that_fit(tokens, 2, gemm.Form(1).unit)
+        for cluster, stages, workers in ((1, deepest, 4), (2, deepest, 3), (4, min(deepest, 5), 2)):
+            case = Case(2 * tokens + 3, *(shape if small else (1056, 1152)), "g128")
+            found.append((case, Plan("v5", tokens, 2, stages, cluster, workers)))
+    return found
+
+
+def check_cases(pairs: Sequence[tuple]) -> None:
+    """Run cases by plans into poisoned memory, three times each; raises SystemExit with what was wrong."""
+    import torch
+    from qoqlab_kernels import bench, cases, gemm, matmul, measure
+    from qoqlab_kernels.layout import pack_weight
+
+    capability = measure.require_gpu()
+    pairs = [(case, plan) for case, plan in pairs if plan.version != "v5" or capability == (9, 0)]
+
+    def form_of(case: cases.Case) -> gemm.Form:
+        size = cases.FORMATS[case.format][0]
+        return gemm.Form(128 // size if size else 0, case.format == "channel-scaled")
+
+    broken = measure.compile_ahead([(plan, form_of(case)) for case, plan in pairs], capability)
+    failures = [f"{key}: {message}" for key, message in broken.items()]
+    for case, plan in pairs:
+        form = form_of(case)
+        if (plan.version, plan.constants(form)) in broken:
+            continue
+        w = cases.weight(case.n, case.k, case.format, device="cuda")
+        a = cases.activations(case.m, case.k, device="cuda")
+        want, packed, x = bench.exact(a, w), pack_weight(w), matmul.quantize_activations(a.codes, a.scales)
+        for _ in range(3):
+            out = torch.full_like(want, torch.nan)
+            matmul.run(plan, form, x, packed, None, out)
+            torch.cuda.synchronize()
+            wrong = int((out != want).sum())
+            if wrong:
+                failures.append(f"{case} {plan}: {wrong} of {want.numel()} wrong")
+    print(f"{len(pairs)} cases, {len(failures)} failures")
+    if failures:
+        raise SystemExit("\n".join(failures[:40]))
+
+
+def profile() -> None:
+    """One launch for few tokens and one for many, for Nsight Compute."""
+    import torch
+    from qoqlab_kernels import bench, gemm, matmul, measure
+
+    measure.require_gpu()
+    for m in (16, 1024):
+        data = bench.operands(28672, 4096, "g128", m, 1, 0)
+        w = data.weights[0]
+        matmul.run(matmul.plan(m, w), gemm.Form(1), data.tiled(m)[0], w, None, data.outputs(m)[0])
+        torch.cuda.synchronize()
+
+
+def run_step(step: str, out: Path, commit: str) -> int:
+    """What a step's own process does."""
+    os.environ.setdefault("QOQLAB_CACHE", str(Path(tempfile.gettempdir()) / "qoqlab-session"))
+    from qoqlab_kernels import bench, measure, tune
+
+    if step in ("smoke", "small"):
+        pairs = smoke_cases(small=True) + ([] if step == "small" else smoke_cases())
+        return measure.guarded("session.py", lambda: check_cases(pairs))
+    if step == "profile":
+        return measure.guarded("session.py", profile)
+    if step == "tune":
+        return tune.main(["--budget", str(STEPS["tune"] - 30), "--ship", str(out / "tuned.json")])
+    return bench.main(["gemm", "--json", str(out / "gemm.json"), *(["--commit", commit] if commit else [])])
+
+
+def run_limited(words: Sequence[str], to: IO[str], limit: float) -> str:
+    """Run a command for at most ``limit`` seconds, then end it with all processes that it started; how it went."""
+    process = subprocess.Popen(words, stdout=to, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "out of time"
+    return "ok" if code == 0 else f"failed ({code})"
+
+
+def run_all(steps: Sequence[str], out: Path, seconds: float, commit: str) -> int:
+    """Every step in turn; prints the end of each output, then a table. 0 if all went well."""
+    out.mkdir(parents=True, exist_ok=True)
+    begun, rows = time.monotonic(), []
+    for step in steps:
+        start = time.monotonic()
+        limit = min(STEPS[step], seconds - (start - begun))
+        words = command(step, out, commit)
+        log = out / f"{step}.txt"
+        if limit < 5:
+            result = "no time left"
+        elif shutil.which(words[0]) is None:
+            result = f"{words[0]} is not there"
+        else:
+            with log.open("w", encoding="utf-8") as to:
+                result = run_limited(words, to, limit)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print(f"-- {step}\n" + "\n".join(lines[-60:] if step == "bench" else lines[-15:]), flush=True)
+        rows.append((step, f"{time.monotonic() - start:.0f} s", result))
+    print("\n" + "\n".join(f"{step:10} {took:>6}  {result}" for step, took, result in rows), flush=True)
+    return 0 if all(result == "ok" for _, _, result in rows) else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--seconds", type=float, default=480.0, help="for everything together")
+    parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
+    parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    known = parser.parse_args(arguments)
+    if known.step:
+        return run_step(known.step, known.out, known.commit)
+    steps = known.only.split(",")
+    if not set(steps) <= set(STEPS):
+        parser.error(f"--only: {known.only!r}; steps are {', '.join(STEPS)}")
+    return run_all(steps, known.out, known.seconds, known.commit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
