@@ -13,21 +13,26 @@ if TYPE_CHECKING:  # static readers see plain imports, Python loads lazily
     from .bundled import load_text as load_text
     from .bundled import load_tiny as load_tiny
     from .bundled import tokens as tokens
+    from .comparison import compare as compare
     from .evaluate import generate as generate
     from .evaluate import perplexity as perplexity
     from .formats import load as load
     from .formats import save as save
+    from .hf_quantizer import QoQConfig as QoQConfig
     from .pipeline import QuantizedModel as QuantizedModel
     from .pipeline import quantize as quantize
     from .recipes import Recipe as Recipe
+    from .sweeps import sweep as sweep
 
 __version__ = "0.1.0"
 
 #: Public name -> module that defines it; loaded on first use, so that ``import qoqlab`` costs nothing beyond this file.
 _EXPORTS = {
     "Mode": "attention",
+    "QoQConfig": "hf_quantizer",
     "QuantizedModel": "pipeline",
     "Recipe": "recipes",
+    "compare": "comparison",
     "generate": "evaluate",
     "load": "formats",
     "load_text": "bundled",
@@ -35,32 +40,46 @@ _EXPORTS = {
     "perplexity": "evaluate",
     "quantize": "pipeline",
     "save": "formats",
+    "sweep": "sweeps",
     "tokens": "bundled",
 }
 _MODULES = [
     "affine",
     "architecture",
     "attention",
+    "baselines",
     "bundled",
     "capture",
     "clipping",
+    "comparison",
+    "compressed_tensors",
+    "deepcompressor",
+    "engine_files",
     "evaluate",
     "exercises",
     "formats",
     "gptq",
     "grids",
+    "grouped",
     "hadamard",
     "hf",
+    "hf_quantizer",
     "kv",
+    "offload",
+    "online",
     "outliers",
     "packing",
     "pipeline",
     "progressive",
+    "qserve_format",
+    "rebuild",
     "recipes",
     "reference",
     "runtime",
     "schemes",
     "steps",
+    "sweeps",
+    "tensorfile",
     "transforms",
     "viz",
     "widgets",

@@ -61,6 +61,11 @@ class Block:
         return self.layer.self_attn  # type: ignore[return-value]
 
     @property
+    def mlp(self) -> nn.Module:
+        """The gated feed-forward module."""
+        return self.layer.mlp  # type: ignore[return-value]
+
+    @property
     def input_norm(self) -> nn.Module:
         """RMSNorm in front of q, k and v."""
         return self.layer.input_layernorm  # type: ignore[return-value]
@@ -139,9 +144,9 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def require_finite_weights(architecture: Architecture) -> None:
-    """Raise ValueError naming the first parameter that holds NaN or infinity."""
+    """Raise ValueError naming the first parameter that holds NaN or infinity; those without memory have no values yet."""
     for name, parameter in architecture.model.named_parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and not parameter.is_meta:
             require_finite(f"model weight {name}", parameter.detach())
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from .architecture import Block
 from .grids import Grid
-from .kv import quantize_kv
+from .hadamard import transform
+from .kv import Keys, KVFormat
 
 NAME = "qoqlab"
 
@@ -38,7 +39,7 @@ class Mode(Enum):
 class AttentionState:
     """What one attention module does with keys and values."""
 
-    grid: Grid | None = None
+    grid: Grid | KVFormat | None = None
     mode: Mode = Mode.SIMULATED
     #: RUNTIME without a cache: how many leading tokens form the prompt; later ones are computed as decode steps.
     #: None leaves quantisation to the cache (`qoqlab.hf.KV4Cache`).
@@ -90,12 +91,18 @@ def forward(
     here = state(module)
     if here.observer is not None:
         here.observer(query, key, value)
-    if here.grid is not None and here.mode is Mode.RUNTIME and here.prefill is not None:
-        return decode_attention(query, key, value, attention_mask, here.grid, here.prefill, kwargs.get("scaling")), None
+    form, scale = KVFormat.of(here.grid), kwargs.get("scaling")
     cached = getattr(key, "from_quantized_cache", False)
-    if here.grid is not None and here.mode is Mode.SIMULATED and not cached:
-        key = quantize_kv(key, here.grid).dequantize(key.dtype)
-        value = quantize_kv(value, here.grid).dequantize(value.dtype)
+    if form is not None and form.rotate_keys:
+        # the same orthogonal matrix on both sides leaves every score alone; a quantised cache has rotated its keys
+        query, key = transform(query), key if cached else transform(key)
+    if form is not None and here.mode is Mode.RUNTIME and here.prefill is not None:
+        return decode_attention(query, key, value, attention_mask, form, here.prefill, scale), None
+    if form is not None and here.mode is Mode.SIMULATED and not cached:
+        if form.keys is Keys.CHANNEL:
+            nothing = torch.zeros((), dtype=torch.bool, device=query.device)
+            return _cache_attention(query, key, value, attention_mask, form, nothing, scale), None
+        key, value = form.round_keys(key), form.round_values(value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
 
 
@@ -104,22 +111,46 @@ def decode_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    grid: Grid,
+    grid: Grid | KVFormat,
     prefill: int,
     scale: float | None = None,
 ) -> torch.Tensor:
     """All decode steps of a sequence at once: token i sees quantised keys and values of earlier tokens and its own exact.
 
-    The first ``prefill`` tokens are a prompt and see each other exactly. Shapes as in `forward`, with S == T.
+    The first ``prefill`` tokens are a prompt and see each other exactly. Keys that share scales across tokens are exact for
+    tokens of their own window, which is not complete yet (see `KVFormat`). Shapes as in `forward`, with S == T.
     """
-    repeats = query.shape[1] // key.shape[1]
-    exact_k, exact_v = (t.repeat_interleave(repeats, 1).float() for t in (key, value))
-    cached_k, cached_v = (quantize_kv(t, grid).dequantize().repeat_interleave(repeats, 1) for t in (key, value))
+    form = KVFormat.of(grid)
+    assert form is not None
     i = torch.arange(query.shape[2], device=query.device)
     exact = (i[:, None] == i) | ((i[:, None] < prefill) & (i < prefill))
-    allowed = i[:, None] >= i if attention_mask is None else attention_mask[..., : len(i)]
+    return _cache_attention(query, key, value, attention_mask, form, exact, scale)
+
+
+def _cache_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    form: KVFormat,
+    exact: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention of the last T of S tokens on their cache; where ``exact [T, S]`` holds, on unquantised keys and values.
+
+    Keys with scales per channel are exact also where query and key lie in one window.
+    """
+    repeats, (count, total) = query.shape[1] // key.shape[1], (query.shape[2], key.shape[2])
+    key, value = key.float(), value.float()
+    exact_k, exact_v, cached_k, cached_v = (
+        t.repeat_interleave(repeats, 1) for t in (key, value, form.round_keys(key), form.round_values(value))
+    )
+    j = torch.arange(total, device=query.device)
+    i = j[total - count :, None]
+    exact_keys = exact | (i // form.window == j // form.window) if form.keys is Keys.CHANNEL else exact
+    allowed = i >= j if attention_mask is None else attention_mask[..., :total]
     q = query.float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.where(exact, q @ exact_k.transpose(-1, -2), q @ cached_k.transpose(-1, -2))
+    scores = torch.where(exact_keys, q @ exact_k.transpose(-1, -2), q @ cached_k.transpose(-1, -2))
     scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
     weights = scores.softmax(-1)
     out = weights.masked_fill(~exact, 0) @ exact_v + weights.masked_fill(exact, 0) @ cached_v

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention
+from . import attention, online
 from .architecture import SITES, Block, describe
 from .checks import shape_of
 
@@ -51,6 +52,7 @@ def first_inputs(model: nn.Module, ids: torch.Tensor, batch_size: int = 2) -> li
         return hidden_states
 
     batches: list[Batch] = []
+    hooked = [vars(layer).get("forward") for layer in layers]  # accelerate's hooks shadow the method, too
     for layer in layers:
         layer.forward = pass_on  # shadows the class's method: every block hands its input on, so this run is cheap
     try:
@@ -59,8 +61,10 @@ def first_inputs(model: nn.Module, ids: torch.Tensor, batch_size: int = 2) -> li
             model.get_submodule("model")(chunk.to(next(model.parameters()).device), use_cache=False)
             batches.append(Batch(calls[0][0], tuple(arguments for _, arguments in calls)))
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, hooked, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
     return batches
 
 
@@ -90,14 +94,22 @@ class Observation:
 
 @contextmanager
 def taps(block: Block, on_site: Any, on_attention: Any) -> Iterator[None]:
-    """Call ``on_site(site, x [tokens, K])`` at every linear input and ``on_attention(q, k, v)`` after RoPE."""
+    """Call ``on_site(site, x [tokens, K])`` at every linear input and ``on_attention(q, k, v)`` after RoPE.
+
+    Where a linear's input passes an online transform, ``x`` is what comes out of it.
+    """
     hooks = []
     for site, roles in SITES.items():
 
         def tap(module: nn.Module, args: tuple[torch.Tensor, ...], site: str = site) -> None:
             on_site(site, args[0].flatten(0, -2))
 
-        hooks.append(block.linear(roles[0]).register_forward_pre_hook(tap))
+        linear = block.linear(roles[0])
+        transform = online.of(linear)
+        if transform is None:
+            hooks.append(linear.register_forward_pre_hook(tap))
+        else:
+            hooks.append(transform.register_forward_hook(functools.partial(_tap_output, tap)))
     here = attention.state(block.attention)
     before, here.observer = here.observer, on_attention
     try:
@@ -106,6 +118,10 @@ def taps(block: Block, on_site: Any, on_attention: Any) -> Iterator[None]:
         here.observer = before
         for hook in hooks:
             hook.remove()
+
+
+def _tap_output(tap: Any, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    tap(module, (output,))
 
 
 @torch.no_grad()

@@ -27,6 +27,13 @@ def require_ratio(ratio: torch.Tensor | float) -> None:
         raise ValueError(f"ratio: expected numbers with 0 < ratio <= 1, got {float(values.min())}..{float(values.max())}")
 
 
+def require_count(name: str, value: object, low: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``low`` (0 or 1)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < low:
+        rule = "a positive integer" if low else "an integer of at least 0"
+        raise ValueError(f"{name}: expected {rule}, got {value!r}")
+
+
 def require_tensor(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a torch.Tensor."""
     if not isinstance(value, torch.Tensor):
@@ -64,8 +71,7 @@ def require_rows(name: str, value: torch.Tensor) -> None:
 
 def require_groups(name: str, value: torch.Tensor, group_size: int) -> None:
     """Raise ValueError unless the last dimension splits into groups of ``group_size``."""
-    if not isinstance(group_size, numbers.Integral) or group_size < 1:
-        raise ValueError(f"group_size: expected a positive integer, got {group_size!r}")
+    require_count("group_size", group_size, 1)
     if value.shape[-1] % group_size:
         raise ValueError(
             f"{name}: {shape_of(value)} is not divisible into groups of {group_size} along K; pass group_size=... or pad"
@@ -77,7 +83,7 @@ def require_codes(name: str, value: torch.Tensor, low: int, high: int) -> None:
     require_tensor(name, value)
     if value.is_floating_point() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer codes, got {value.dtype}")
-    if value.numel() and (int(value.min()) < low or int(value.max()) > high):
+    if value.numel() and not value.is_meta and (int(value.min()) < low or int(value.max()) > high):
         raise ValueError(f"{name}: codes must lie in {low}..{high}, got {int(value.min())}..{int(value.max())}")
 
 

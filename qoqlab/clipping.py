@@ -29,14 +29,12 @@ def search_output_error(weight: torch.Tensor, inputs: torch.Tensor, form: Weight
     worse than unclipped stays unclipped.
     """
     weight, x = weight.float(), inputs.float()
-    groups = form.groups(weight.shape[1])
     # || x d ||^2 = || R d ||^2 with x = Q R, and R has at most K rows
     factor = torch.linalg.qr(x, mode="r").R if x.shape[0] > x.shape[1] else x
     candidates = [(ratio, form.choose(weight, ratio)) for ratio in ratios]
     left = unclipped = factor.new_zeros(factor.shape[0], weight.shape[0])
     chosen = []
-    for columns in torch.arange(weight.shape[1]).chunk(groups):
-        group = slice(int(columns[0]), int(columns[-1]) + 1)
+    for group in form.slices(weight.shape[1]):
         part, part_factor = weight[:, group], factor[:, group]
         best, picked, kept = part.new_full((len(weight),), torch.inf), part.new_ones(len(weight)), left
         for ratio, scales in candidates:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -13,6 +16,7 @@ from . import runtime
 from .attention import Mode
 from .capture import require_ids
 from .checks import require_enum
+from .kv import KVFormat
 from .pipeline import QuantizedModel, sqnr_db
 
 
@@ -78,8 +82,9 @@ def generate(model: nn.Module | QuantizedModel, ids: torch.Tensor, max_new_token
         return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
     from .hf import KV4Cache
 
-    if model.recipe.scheme.kv is not None:
-        options.setdefault("past_key_values", KV4Cache(model.recipe.scheme.kv))
+    form = KVFormat.of(model.recipe.scheme.kv)
+    if form is not None and form.grid is not None:
+        options.setdefault("past_key_values", KV4Cache(form))
     with runtime.mode(network, Mode.RUNTIME):
         return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
 
@@ -93,3 +98,70 @@ def logits_sqnr_db(exact: torch.Tensor, quantized: QuantizedModel, ids: torch.Te
     """
     rounded = quantized.model(ids, use_cache=False).logits.float()
     return sqnr_db(exact - exact.mean(-1, keepdim=True), rounded - exact - (rounded - exact).mean(-1, keepdim=True))
+
+
+def lm_eval(
+    model: nn.Module | QuantizedModel,
+    tasks: str | Sequence[str],
+    tokenizer: Any = None,
+    include_path: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 4,
+    mode: Mode = Mode.SIMULATED,
+) -> pd.DataFrame:
+    """Run tasks of the lm-evaluation-harness (extra ``eval``) on a model.
+
+    ``tasks``: names the harness knows, or of task files (YAML) in the folder ``include_path``, whose ``dataset_path: json``
+    may name local files; ``tokenizer``: None loads the one beside the model's checkpoint; ``limit``: documents per task;
+    ``mode`` as in `perplexity`, where RUNTIME computes every task's text as a prompt (so keys and values stay exact).
+
+    Returns a row per task and metric: ``task``, ``metric``, ``filter``, ``value``, ``stderr`` (NaN where there is none).
+    Tasks with data on the Hub are downloaded by the harness unless ``HF_HUB_OFFLINE`` is set.
+
+    Raises ImportError without the extra, ValueError for tasks that are not found or a tokenizer that cannot be loaded,
+    TypeError for anything but a causal language model.
+    """
+    network = _plain(model)
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"tasks: expected a task's name or a list of names, got {tasks!r}")
+    require_enum("mode", mode, Mode)
+    quantized = isinstance(model, QuantizedModel)
+    if mode is Mode.RUNTIME and not quantized:
+        raise TypeError("mode: RUNTIME needs a QuantizedModel, as qoqlab.quantize and qoqlab.load return it")
+    try:
+        import lm_eval as harness
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(f'lm_eval: needs the lm-evaluation-harness; pip install "qoqlab[eval]" ({error})') from None
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"tasks: {unknown[0]!r} is neither a task of the harness nor one of {include_path}")
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(network)
+    device = str(next(network.parameters()).device)
+    wrapped = HFLM(pretrained=network, tokenizer=tokenizer, batch_size=batch_size, device=device)
+    with runtime.mode(network, mode) if quantized else nullcontext():
+        found = harness.simple_evaluate(wrapped, tasks=names, task_manager=manager, limit=limit)
+    rows = []
+    for task, values in found["results"].items():
+        for label, value in values.items():
+            metric, _, filtered = label.partition(",")
+            if filtered and not metric.endswith("_stderr"):
+                stderr = pd.to_numeric(values.get(f"{metric}_stderr,{filtered}"), errors="coerce")
+                rows.append({"task": task, "metric": metric, "filter": filtered, "value": value, "stderr": stderr})
+    return pd.DataFrame(rows, columns=["task", "metric", "filter", "value", "stderr"]).astype({"stderr": float})
+
+
+def _tokenizer_of(network: nn.Module) -> Any:
+    """The tokenizer in the folder (or cached repository) that a model was loaded from."""
+    from transformers import AutoTokenizer
+
+    name = getattr(network.config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"tokenizer: none given, and none found for the model's name {name!r} ({reason})") from None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .affine import AffineScales
-from .progressive import ProgressiveScales
+from .schemes import Scales
 
 
 def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -27,7 +26,7 @@ def inverse_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
 def quantize(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    scales: ProgressiveScales | AffineScales,
+    scales: Scales,
     damp: float = 0.01,
     block_size: int = 128,
 ) -> torch.Tensor:
@@ -35,15 +34,30 @@ def quantize(
 
     ``weight [N, K]``, ``hessian [K, K]`` = sum of x x^T over calibration tokens, ``scales`` chosen beforehand (static
     groups). Columns are visited by descending Hessian diagonal; dead columns (zero diagonal) are quantised as zeros. With a
-    Hessian proportional to the identity the result is round-to-nearest.
+    Hessian proportional to the identity the result is round-to-nearest. A row for which feedback does not lower the
+    objective (a late column had to absorb more than it can represent) is rounded to nearest, so no row is ever worse.
     """
-    w = weight.float().clone()
+    original = weight.float().clone()
     h = hessian.float().clone()
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1
-    w[:, dead] = 0
+    original[:, dead] = 0
+    codes = _feedback(original, h, scales, damp, block_size)
+    nearest = scales.encode(original)
+    better = _objective(original, h, scales, codes) < _objective(original, h, scales, nearest)
+    return torch.where(better[:, None], codes, nearest)
+
+
+def _objective(weight: torch.Tensor, hessian: torch.Tensor, scales: Scales, codes: torch.Tensor) -> torch.Tensor:
+    """``(W^ - W) H (W^ - W)^T`` of every row ``[N]``."""
+    error = scales.decode(codes) - weight
+    return ((error @ hessian) * error).sum(1)
+
+
+def _feedback(weight: torch.Tensor, h: torch.Tensor, scales: Scales, damp: float, block_size: int) -> torch.Tensor:
+    """Codes ``[N, K]`` by error feedback alone; ``h`` has no zero on its diagonal."""
     order = h.diagonal().argsort(descending=True, stable=True)
-    w, upper = w[:, order], inverse_factor(h[order][:, order], damp)
+    w, upper = weight[:, order], inverse_factor(h[order][:, order], damp)
     codes = torch.empty_like(scales.encode(w[:, :1], slice(0, 1))).expand(w.shape).clone()
     columns = order.tolist()
     for start in range(0, w.shape[1], block_size):

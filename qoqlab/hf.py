@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .grids import UINT4, Grid
-from .kv import QuantizedKV, quantize_kv
+from .hadamard import transform
+from .kv import Keys, KVFormat, QuantizedKV, dequantize_windows
 from .packing import pack_u4, unpack_u4
 
 
@@ -20,46 +21,68 @@ class KV4Layer(DynamicLayer):
     and a decoded token to its own exact ones, as QServe's kernels do.
     """
 
-    def __init__(self, grid: Grid = UINT4) -> None:
+    def __init__(self, grid: Grid | KVFormat = UINT4) -> None:
         super().__init__()
-        self.grid = grid
+        form = KVFormat.of(grid)
+        if form is None or form.grid is None:
+            raise ValueError(f"grid: expected a Grid or a KVFormat with a grid, got {grid!r}")
+        self.form, self.grid = form, form.grid
         self.stored: dict[str, QuantizedKV] = {}
+        #: with scales per key channel: exact keys [B, H, < window, D] of the window that is not complete yet
+        self.waiting: torch.Tensor | None = None
 
     def _append(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        quantized = quantize_kv(new, self.grid)
-        fresh = QuantizedKV(self._pack(quantized.codes), quantized.scales, quantized.zeros)
         past = self.stored.get(name)
-        if past is None:
-            self.stored[name] = fresh
-            return new
-        self.stored[name] = QuantizedKV(
-            *(torch.cat([a, b], 2) for a, b in zip(vars(past).values(), vars(fresh).values(), strict=True))
-        )
-        return torch.cat([self._dequantize(past, new.dtype), new], 2)
+        self._store(name, self.form.quantize_values(new))
+        return new if past is None else torch.cat([self._unpack(past).dequantize(new.dtype), new], 2)
+
+    def _append_windows(self, new: torch.Tensor) -> torch.Tensor:
+        past = self.stored.get("keys")
+        waiting = new if self.waiting is None else torch.cat([self.waiting, new], 2)
+        whole = waiting.shape[2] // self.form.window * self.form.window
+        if whole:
+            self._store("keys", self.form.quantize_windows(waiting[:, :, :whole]))
+        self.waiting = waiting[:, :, whole:].clone()
+        return waiting if past is None else torch.cat([dequantize_windows(self._unpack(past), new.dtype), waiting], 2)
+
+    def _store(self, name: str, quantized: QuantizedKV) -> None:
+        """Append along the tokens' (or windows') dimension."""
+        fresh, past = QuantizedKV(self._pack(quantized.codes), quantized.scales, quantized.zeros), self.stored.get(name)
+        if past is not None:
+            pairs = zip(vars(past).values(), vars(fresh).values(), strict=True)
+            fresh = QuantizedKV(*(torch.cat(pair, 2) for pair in pairs))
+        self.stored[name] = fresh
 
     def _pack(self, codes: torch.Tensor) -> torch.Tensor:
         return pack_u4(codes) if self.grid.bits == 4 else codes
 
-    def _dequantize(self, stored: QuantizedKV, dtype: torch.dtype) -> torch.Tensor:
+    def _unpack(self, stored: QuantizedKV) -> QuantizedKV:
         codes = unpack_u4(stored.codes) if self.grid.bits == 4 else stored.codes
-        return QuantizedKV(codes, stored.scales, stored.zeros).dequantize(dtype)
+        return QuantizedKV(codes, stored.scales, stored.zeros)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys (after RoPE) and values ``[B, H, T, D]``; return what attention sees, ``[B, H, past + T, D]``."""
+        """Append keys (after RoPE) and values ``[B, H, T, D]``; return what attention sees, ``[B, H, past + T, D]``.
+
+        Where the format rotates keys, they are returned rotated, and the attention function must rotate queries.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self._append("keys", key_states), self._append("values", value_states)
+        key_states = transform(key_states) if self.form.rotate_keys else key_states
+        per_channel = self.form.keys is Keys.CHANNEL
+        keys = self._append_windows(key_states) if per_channel else self._append("keys", key_states)
+        values = self._append("values", value_states)
         keys.from_quantized_cache = True  # type: ignore[attr-defined]  # so that `attention.forward` does not round again
         return keys, values
 
     def get_seq_length(self) -> int:
         """Number of cached tokens."""
-        return self.stored["keys"].scales.shape[2] if self.stored else 0
+        return self.stored["values"].scales.shape[2] if self.stored else 0
 
     def _map(self, change: Any) -> None:
         self.stored = {n: QuantizedKV(*(change(t) for t in vars(s).values())) for n, s in self.stored.items()}
+        self.waiting = None if self.waiting is None else change(self.waiting)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Select sequences, as beam search does."""
@@ -80,22 +103,24 @@ class KV4Layer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.stored = {}
+        self.stored, self.waiting = {}, None
 
     def storage_bytes(self) -> int:
-        """Bytes of codes, scales and zeros."""
-        return sum(t.numel() * t.element_size() for s in self.stored.values() for t in vars(s).values())
+        """Bytes of codes, scales and zeros, and of keys that wait for their window."""
+        tensors = [t for s in self.stored.values() for t in vars(s).values()]
+        return sum(t.numel() * t.element_size() for t in (*tensors, *([] if self.waiting is None else [self.waiting])))
 
 
 class KV4Cache(Cache):
     """4-bit KV cache for ``model.generate(..., past_key_values=KV4Cache())``; works with any model whose cache is dynamic.
 
-    Another unsigned ``grid``, such as `grids.UINT8`, makes it a cache of that many bits, for comparison.
+    Another unsigned grid, such as `grids.UINT8`, makes it a cache of that many bits, for comparison; a `kv.KVFormat` may
+    scale keys per channel. One that rotates keys needs a quantised model, whose attention rotates queries too.
 
     With a quantised model `qoqlab.generate` chooses it, and integer linears, by itself.
     """
 
-    def __init__(self, grid: Grid = UINT4) -> None:
+    def __init__(self, grid: Grid | KVFormat = UINT4) -> None:
         super().__init__(layer_class_to_replicate=functools.partial(KV4Layer, grid))  # type: ignore[arg-type]
 
     def storage_bytes(self) -> int:

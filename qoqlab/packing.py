@@ -7,9 +7,25 @@ QServe's compute-aware weight order, in which one lane's 16 bytes are the B frag
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 
-from .checks import require_codes, require_tensor, shape_of
+from .checks import require_codes, require_enum, require_tensor, shape_of
+
+
+class ScaleOrder(Enum):
+    """Order of second-level scales and zeros along N in a per-group checkpoint; the value is (outer, inner).
+
+    Channels ``outer * inner`` at a time, seen as ``[outer, inner]``, are stored transposed.
+
+    QSERVE           0, 8, 16, 24, 1, 9, ...: what the kernels of QServe and TensorRT-LLM read.
+    DEEPCOMPRESSOR   0, 8, 1, 9, ..., 7, 15, 16, 24, ...: what deepcompressor's converter writes since February 2025, by
+                     mistake. Kernels then take most channels' scales from another channel.
+    """
+
+    QSERVE = (4, 8)
+    DEEPCOMPRESSOR = (2, 8)
 
 
 def pack_u4(codes: torch.Tensor) -> torch.Tensor:
@@ -31,6 +47,21 @@ def unpack_u4(packed: torch.Tensor) -> torch.Tensor:
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected uint8 bytes, got {packed.dtype}")
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+
+
+def pack_s4(codes: torch.Tensor) -> torch.Tensor:
+    """int8 codes ``[..., K]`` in -8..7 -> uint8 bytes ``[..., K / 2]``, as two's complement nibbles in `pack_u4`'s order.
+
+    >>> pack_s4(torch.tensor([-1, 7], dtype=torch.int8)).item() == 0x7F
+    True
+    """
+    require_codes("codes", codes, -8, 7)
+    return pack_u4(codes & 15)
+
+
+def unpack_s4(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 bytes ``[..., K / 2]`` -> int8 codes ``[..., K]``; inverse of `pack_s4`."""
+    return (unpack_u4(packed) ^ 8).to(torch.int8) - 8
 
 
 def _require_tiles(name: str, n: int, k: int) -> None:
@@ -69,25 +100,44 @@ def unpack_qserve(packed: torch.Tensor) -> torch.Tensor:
     return halves.permute(1, 0, 6, 3, 2, 5, 4, 7).reshape(n, k)
 
 
-def permute_qserve_scales(per_group: torch.Tensor) -> torch.Tensor:
+def permute_qserve_scales(per_group: torch.Tensor, order: ScaleOrder = ScaleOrder.QSERVE) -> torch.Tensor:
     """Second-level scales or zeros ``[G, N]`` -> the same, channels reordered inside each 32 as QServe stores them.
 
     Position ``4 * nl + j`` holds channel ``8 * j + nl`` (0, 8, 16, 24, 1, 9, ...), so a lane reads the four scales of its
-    n8 blocks as one 32-bit word. `unpermute_qserve_scales` inverts.
+    n8 blocks as one 32-bit word. `unpermute_qserve_scales` inverts. Another ``order`` serves to repair checkpoints.
 
     >>> permute_qserve_scales(torch.arange(32)[None])[0, :8].tolist()
     [0, 8, 16, 24, 1, 9, 17, 25]
     """
-    return _swap_inside_32("per_group", per_group, 4, 8)
+    require_enum("order", order, ScaleOrder)
+    outer, inner = order.value
+    return _transpose_channels(per_group, outer, inner)
 
 
-def unpermute_qserve_scales(per_group: torch.Tensor) -> torch.Tensor:
+def unpermute_qserve_scales(per_group: torch.Tensor, order: ScaleOrder = ScaleOrder.QSERVE) -> torch.Tensor:
     """Inverse of `permute_qserve_scales`."""
-    return _swap_inside_32("per_group", per_group, 8, 4)
+    require_enum("order", order, ScaleOrder)
+    outer, inner = order.value
+    return _transpose_channels(per_group, inner, outer)
 
 
-def _swap_inside_32(name: str, value: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
-    require_tensor(name, value)
-    if value.ndim != 2 or value.shape[1] % 32:
-        raise ValueError(f"{name}: expected [G, N] with N a multiple of 32, got shape {shape_of(value)}")
-    return value.unflatten(1, (-1, outer, inner)).transpose(-1, -2).reshape(value.shape)
+def _transpose_channels(per_group: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
+    require_tensor("per_group", per_group)
+    if per_group.ndim != 2 or per_group.shape[1] % 32:
+        raise ValueError(f"per_group: expected [G, N] with N a multiple of 32, got shape {shape_of(per_group)}")
+    return per_group.unflatten(1, (-1, outer, inner)).transpose(-1, -2).reshape(per_group.shape)
+
+
+def pack_u4_words(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes ``[..., K]`` in 0..15 -> int32 words ``[..., K / 8]``; element 8i + j is bits 4j..4j + 3 of word i.
+
+    The order of compressed-tensors' ``weight_packed``: `pack_u4`'s bytes, four to a little-endian word.
+
+    >>> hex(pack_u4_words(torch.arange(8, dtype=torch.uint8)).item())
+    '0x76543210'
+    """
+    require_codes("codes", codes, 0, 15)
+    if codes.ndim == 0 or codes.shape[-1] % 8:
+        raise ValueError(f"codes: last dimension must be a multiple of 8 to fill words, got shape {shape_of(codes)}")
+    parts = pack_u4(codes).unflatten(-1, (-1, 4)).to(torch.int32)
+    return parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16 | parts[..., 3] << 24

@@ -6,7 +6,10 @@ activations of one block's input and output are held; see `peak_bytes`.
 
 from __future__ import annotations
 
+import functools
+import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,12 +17,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import attention, capture, recipes, runtime
+from . import attention, capture, offload, recipes, runtime
 from .architecture import Block, clone, describe, own, replace_parameter, require_finite_weights
 from .capture import Batch
 from .checks import require_finite
 from .recipes import Recipe
-from .schemes import Scheme, WeightKind
+from .resume import Journal
+from .schemes import Scheme
 from .steps import Context
 
 REPORT_COLUMNS = ["stage", "layer", "weight_mse", "weight_nmse", "output_sqnr_db", "seconds"]
@@ -67,22 +71,28 @@ def quantize(
     recipe: str | Recipe,
     calibration: torch.Tensor | None = None,
     inplace: bool = False,
-    progress: bool = True,
+    progress: bool | Callable[[tuple[Block, ...]], Iterable[Block]] = True,
     report: bool = True,
+    resume: str | os.PathLike[str] | None = None,
 ) -> QuantizedModel:
     """Quantise a Hugging Face causal language model.
 
     ``recipe``: a preset's name (`recipes.names`) or a `Recipe`; ``calibration``: int64 tokens ``[n, length]``, used for
-    statistics and for the report (None is fine for recipes without steps, and then no output error is reported).
+    statistics and for the report (None is fine for recipes whose steps need no data, and then no output error is reported).
     ``inplace=False`` leaves ``model`` untouched; ``inplace=True`` frees its weights block by block, so a model whose run
     fails half-way (out of memory, NaN in calibration) is spent and has to be loaded again. ``progress`` shows a bar over
-    the blocks; ``report=False`` skips the measurements after each stage and leaves the report empty.
+    the blocks, or is a function that wraps them, as ``rich.progress.track`` does; ``report=False`` skips the measurements
+    after each stage and leaves the report empty. ``resume``: a folder in which finished blocks are kept; after a kill the
+    same call takes them from there. It may be deleted once the result is saved.
 
-    Deterministic: the same seed, inputs and thread count give bit-identical codes.
+    Weights may be on disk or offloaded (`offload.open_model`, or accelerate's ``device_map``): with ``inplace=True`` blocks
+    are fetched one at a time, and the quantised model has to fit.
+
+    Deterministic: the same seed, inputs and thread count give bit-identical codes, resumed or not.
 
     Raises TypeError for an unsupported architecture or wrong types, ValueError for an unknown preset, NaN or infinite
-    weights (naming the parameter), empty calibration, tokens outside the vocabulary, or a layer that the format's
-    groups do not divide.
+    weights (naming the parameter), empty calibration, tokens outside the vocabulary, a layer that the format's groups do not
+    divide, offloaded weights without ``inplace=True``, or a ``resume`` folder of another run.
     """
     if isinstance(recipe, str):
         recipe = recipes.get(recipe)
@@ -91,8 +101,10 @@ def quantize(
     architecture = describe(model)
     _require_quantizable(architecture.blocks, recipe)
     require_finite_weights(architecture)
-    if calibration is None and recipe.steps:
+    if calibration is None and needs_calibration(recipe):
         raise ValueError(f"calibration: recipe {recipe.name!r} needs tokens [n, length], got None")
+    if not inplace and offload.is_spread(model):
+        raise ValueError("inplace: weights that are offloaded or on several devices cannot be shared; pass inplace=True")
     if calibration is not None:
         capture.require_ids("calibration", calibration, architecture.embedding.num_embeddings)
     original = model
@@ -100,21 +112,36 @@ def quantize(
         model = clone(model)
         architecture = describe(model)
     model.eval()
+    journal = None if resume is None else Journal(resume, model, recipe, calibration, report)
+    residence = offload.enter(model)
     if recipe.scheme == Scheme() and not recipe.steps:
+        for block in architecture.blocks:
+            offload.fetch(block, residence)
+            offload.settle(block, residence)
+        offload.leave(model, residence)
         if not inplace:
             own(model, original)
         return QuantizedModel(model, recipe, pd.DataFrame(columns=REPORT_COLUMNS))
     attention.install(model)
     batches = [] if calibration is None else capture.first_inputs(model, calibration)
     rows: list[dict[str, object]] = []
-    for block in tqdm(architecture.blocks, desc=recipe.name, unit="block", disable=not progress):
-        batches = _quantize_block(block, batches, recipe, rows if report else None)
+    bar = functools.partial(tqdm, desc=recipe.name, unit="block", disable=not progress)
+    for block in (progress if callable(progress) else bar)(architecture.blocks):
+        offload.fetch(block, residence)
+        batches = _quantize_block(block, batches, recipe, rows if report else None, journal)
+        offload.settle(block, residence)
     for step in recipe.steps:
         if hasattr(step.function, "prepare"):
             step.function.prepare(architecture)
+    offload.leave(model, residence)
     if not inplace:
         own(model, original)
     return QuantizedModel(model, recipe, pd.DataFrame(rows, columns=REPORT_COLUMNS))
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether a recipe has steps that look at activations."""
+    return not all(getattr(step.function, "data_free", False) for step in recipe.steps)
 
 
 def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
@@ -124,17 +151,20 @@ def _require_quantizable(blocks: tuple[Block, ...], recipe: Recipe) -> None:
     for block in blocks:
         for role, linear in block.linears():
             n, k = linear.weight.shape
-            if form is None or form.kind is WeightKind.CHANNEL_S8:
-                continue
-            size = form.group_size if form.kind is WeightKind.PROGRESSIVE_U4 else 2
-            if k % size:
+            if form is not None and k % form.multiple:
                 raise ValueError(
-                    f"model: {block.name(role)} is {n}x{k}, not divisible into groups of {size} along K; "
+                    f"model: {block.name(role)} is {n}x{k}, not divisible into groups of {form.multiple} along K; "
                     "use another group_size, or per-channel weights as in qoq-per-channel"
                 )
 
 
-def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: list[dict[str, object]] | None) -> list[Batch]:
+def _quantize_block(
+    block: Block,
+    batches: list[Batch],
+    recipe: Recipe,
+    rows: list[dict[str, object]] | None,
+    journal: Journal | None = None,
+) -> list[Batch]:
     """Run all steps on one block, install its quantised layers, append report rows, return the next block's inputs.
 
     Consumes ``batches``. The next block sees this block's exact outputs: quantisation error is not propagated (as in the
@@ -143,13 +173,21 @@ def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: li
     dtype = next(block.layer.parameters()).dtype
     working = torch.float64 if dtype == torch.float64 else torch.float32
     _cast(block.layer, working)
+    arguments = [batch.arguments for batch in batches]
     for i, batch in enumerate(batches):  # in place: each copy of the activations would be gigabytes for a large model
-        batches[i] = Batch(batch.hidden.to(working), batch.arguments)
+        moved = offload.move(batch, block)
+        batches[i] = Batch(moved.hidden.to(working), moved.arguments)
     outputs = []
-    for batch in batches:
+    for batch, unmoved in zip(batches, arguments, strict=True):
         y = capture.run_block(block, batch)
         require_finite(f"calibration: output of model.layers.{block.index}", y)
-        outputs.append(Batch(y, batch.arguments))
+        outputs.append(Batch(y, unmoved))
+    evidence = journal.evidence(block, [y.hidden for y in outputs]) if journal else ""
+    finished = journal.restore(block, evidence, recipe.scheme) if journal else None
+    if finished is not None:
+        if rows is not None:
+            rows.extend(finished)
+        return outputs
     context = Context(block, batches, [y.hidden for y in outputs[:REPORT_BATCHES]], recipe.scheme)
     if rows is not None:
         rows.append(_measure(context, "round to nearest", 0.0))
@@ -160,6 +198,8 @@ def _quantize_block(block: Block, batches: list[Batch], recipe: Recipe, rows: li
             rows.append(_measure(context, step.name, time.perf_counter() - start))
     runtime.install(block, _quantized_weights(context), recipe.scheme)
     _cast(block.layer, dtype)
+    if journal is not None:
+        journal.save(block, evidence, [row for row in rows or [] if row["layer"] == block.index])
     return outputs
 
 

@@ -11,12 +11,13 @@ import torch
 from .affine import Affine, quantize_per_token_s8
 from .checks import require_codes, require_finite, require_float, shape_of
 from .grids import Zero
+from .grouped import Grouped
 from .progressive import ProgressiveWeight
 
 #: Largest K for which sums of products of two int8 numbers stay exact in fp32: 1024 * 128 * 128 = 2**24.
 FP32_EXACT_K = 1024
 
-QuantizedWeight = ProgressiveWeight | Affine
+QuantizedWeight = ProgressiveWeight | Affine | Grouped
 
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -35,7 +36,7 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def w4a8_accumulate(x_codes: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+def w4a8_accumulate(x_codes: torch.Tensor, weight: ProgressiveWeight | Affine) -> torch.Tensor:
     """The integer accumulator of the W4A8 GEMM: int8 ``[M, K]`` x quantised ``[N, K]`` -> int64 ``[M, N]``.
 
     Progressive weights multiply their decoded INT8 values; per-channel weights multiply their raw codes 0..15, because
@@ -48,7 +49,7 @@ def w4a8_epilogue(
     total: torch.Tensor,
     x_scales: torch.Tensor,
     x_sums: torch.Tensor,
-    weight: QuantizedWeight,
+    weight: ProgressiveWeight | Affine,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """fp32 epilogue: int64 accumulator ``[M, N]``, fp16 scales and int64 sums of codes ``[M]`` -> fp16 ``[M, N]``.
@@ -72,7 +73,9 @@ def w4a8_epilogue(
     return (y if bias is None else y + bias.float()).half()
 
 
-def w4a8_matmul(x: torch.Tensor | Affine, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def w4a8_matmul(
+    x: torch.Tensor | Affine, weight: ProgressiveWeight | Affine, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Linear layer on INT8 activations and 4-bit weights: exact integer accumulation, then the fp32 epilogue.
 
     ``x [..., K]``: floating-point (quantised here, per token), or already quantised (`affine.quantize_per_token_s8`).
@@ -91,14 +94,71 @@ def w4a8_matmul(x: torch.Tensor | Affine, weight: QuantizedWeight, bias: torch.T
     a = x if isinstance(x, Affine) else quantize_per_token_s8(x)
     if a.shape[-1] != weight.shape[-1]:
         raise ValueError(f"x: last dimension {a.shape[-1]} does not match the weight's K = {weight.shape[-1]}")
-    if bias is not None:
-        require_finite("bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape {weight.shape[0]}, one number per output, got {shape_of(bias)}")
+    _require_bias(bias, weight)
     codes = a.codes.reshape(-1, a.shape[-1])
     sums = codes.sum(-1, dtype=torch.int64)
     y = w4a8_epilogue(w4a8_accumulate(codes, weight), a.scales.reshape(-1), sums, weight, bias)
     return y.reshape(*a.shape[:-1], -1)
+
+
+def _require_bias(bias: torch.Tensor | None, weight: QuantizedWeight) -> None:
+    if bias is not None:
+        require_finite("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape {weight.shape[0]}, one number per output, got {shape_of(bias)}")
+
+
+def grouped_matmul(x: Affine | Grouped, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Linear layer on operands whose scales change along K: fp16 ``[..., N]`` from ``x [..., K]`` and ``weight [N, K]``.
+
+    Columns are cut wherever a group of either operand ends. Each piece is an exact integer product; in fp32 it is multiplied
+    by its two scales and added to the pieces before it, from left to right: the floating-point work in the main loop that
+    progressive groups avoid (paper section 5.2.3). A weight's zero leaves the integer product by linearity.
+
+    Raises ValueError for operands that do not fit each other.
+    """
+    if x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"x: last dimension {x.shape[-1]} does not match the weight's K = {weight.shape[-1]}")
+    _require_bias(bias, weight)
+    columns = weight.shape[-1]
+    codes = x.codes.reshape(-1, columns)
+    w_codes = weight.int8() if isinstance(weight, ProgressiveWeight) else weight.codes
+    cuts = sorted({group.stop for value in (x, weight) for group in _groups(value)})
+    total = torch.zeros(len(codes), weight.shape[0], device=codes.device)
+    for start, stop in zip([0, *cuts], cuts, strict=False):
+        piece = codes[:, start:stop]
+        product = int_matmul(piece, w_codes[:, start:stop])
+        x_scale = _column(x, x.scales.reshape(len(codes), -1), start).float()[:, None]
+        w_scale = _column(weight, _row_scales(weight), start).float()
+        zeros = None if isinstance(weight, ProgressiveWeight) else weight.zeros
+        if zeros is None:
+            total += product.float() * (x_scale * w_scale)
+            continue
+        zero = _column(weight, zeros.reshape(weight.shape[0], -1), start)
+        sums = piece.sum(1, keepdim=True, dtype=torch.int64)
+        if weight.zero is Zero.INTEGER:
+            total += (product - sums * zero.long()).float() * (x_scale * w_scale)
+        else:
+            total += product.float() * (x_scale * w_scale) - sums.float() * x_scale * zero.float()
+    y = (total if bias is None else total + bias.float()).half()
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _groups(value: QuantizedWeight) -> list[slice]:
+    """Columns that share a floating-point scale."""
+    return value.slices() if isinstance(value, Grouped) else [slice(0, value.shape[-1])]
+
+
+def _row_scales(weight: QuantizedWeight) -> torch.Tensor:
+    """Floating-point scales ``[N, groups]``."""
+    scales = weight.channel_scales if isinstance(weight, ProgressiveWeight) else weight.scales
+    return scales.reshape(weight.shape[0], -1)
+
+
+def _column(value: QuantizedWeight, per_group: torch.Tensor, start: int) -> torch.Tensor:
+    """``per_group [rows, groups]`` of the group that column ``start`` lies in."""
+    index = next(i for i, group in enumerate(_groups(value)) if start < group.stop)
+    return per_group[:, index]
 
 
 def kv4_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None = None) -> torch.Tensor:

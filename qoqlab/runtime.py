@@ -9,69 +9,60 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, reference
-from .affine import Affine, quantize_per_token_s8
+from . import attention, online, reference
 from .architecture import Block, describe
 from .attention import Mode
 from .checks import require_enum
-from .grids import INT8, UINT4, Grid, Zero
-from .packing import pack_u4, unpack_u4
-from .progressive import ProgressiveWeight
-from .schemes import Scheme
+from .grids import Grid
+from .grouped import Grouped
+from .online import Online
+from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind, pack, quantize_activations
 
 QuantizedWeight = reference.QuantizedWeight
 
 
 class QuantLinear(nn.Module):
-    """A linear layer with quantised weights and, optionally, dynamic per-token INT8 activations.
+    """A linear layer with quantised weights and, optionally, dynamically quantised activations.
 
-    Codes are stored packed, two per byte, beside their scales. In SIMULATED mode the weight is dequantised once and kept; in
-    RUNTIME mode the integer GEMM of `reference.w4a8_matmul` runs and its fp16 result is cast to the input's dtype.
+    Codes are stored packed beside their scales, in the buffers that `WeightFormat.layout` names. In SIMULATED mode the
+    weight is dequantised once and kept; in RUNTIME mode an exact integer GEMM runs (`reference.w4a8_matmul`, or
+    `reference.grouped_matmul` where floating-point scales change along K) and its fp16 result is cast to the input's dtype.
+    Unquantised activations meet the dequantised weight in both modes, as in weight-only kernels. ``transform`` is
+    applied to the input first (see `online`).
     """
 
     bias: torch.Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, activations: Grid | None) -> None:
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        activations: Grid | ActivationFormat | None,
+        transform: Online | None = None,
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.activations = activations
         self.mode = Mode.SIMULATED
-        self.progressive = isinstance(weight, ProgressiveWeight)
-        self.zero = weight.zero
-        self.signed = isinstance(weight, Affine) and weight.zeros is None
-        self.register_buffer("codes", weight.codes if self.signed else pack_u4(weight.codes))
-        if isinstance(weight, ProgressiveWeight):
-            self.group_size = weight.group_size
-            self.first_level = weight.first_level
-            self.register_buffer("channel_scales", weight.channel_scales)
-            self.register_buffer("group_scales", weight.group_scales)
-            self.register_buffer("group_zeros", weight.group_zeros)
-        else:
-            self.register_buffer("scales", weight.scales)
-            if weight.zeros is not None:
-                self.register_buffer("zeros", weight.zeros)
+        self.form = WeightFormat.of(weight)
+        for name, tensor in pack(weight).items():
+            self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
+        self.online = transform
         self._dequantized: torch.Tensor | None = None
 
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight with its codes unpacked, ``[N, K]``."""
-        b = dict(self.named_buffers())
-        if self.progressive:
-            codes = unpack_u4(b["codes"])
-            scales = (b["channel_scales"], b["group_scales"], b["group_zeros"])
-            return ProgressiveWeight(*scales, self.group_size, self.zero, self.first_level, codes)
-        if self.signed:
-            return Affine(b["scales"], None, INT8, Zero.INTEGER, b["codes"])
-        return Affine(b["scales"], b["zeros"], UINT4, self.zero, unpack_u4(b["codes"]))
+        return self.form.unpack({name: t for name, t in self.named_buffers(recurse=False) if name != "bias"})
 
     def storage_bytes(self) -> int:
-        """Bytes of codes, scales, zeros and bias."""
+        """Bytes of codes, scales, zeros, bias and what the online transform stores."""
         return sum(t.numel() * t.element_size() for t in self.buffers())
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         """Moves between devices, but ``.half()`` or ``.to(dtype)`` must not round scales to another type."""
-        before = dict(self.named_buffers())
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             if name != "bias":
@@ -86,22 +77,30 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., K]`` -> ``[..., N]`` in x's dtype."""
+        if self.online is not None:
+            x = self.online(x)
         if self.mode is Mode.RUNTIME and self.activations is not None:
             self._dequantized = None
-            codes = quantize_per_token_s8(x, self.activations)
-            return reference.w4a8_matmul(codes, self.quantized, self.bias).to(x.dtype)
+            codes, weight = quantize_activations(x, self.activations), self.quantized
+            if isinstance(codes, Grouped) or isinstance(weight, Grouped):
+                return reference.grouped_matmul(codes, weight, self.bias).to(x.dtype)
+            return reference.w4a8_matmul(codes, weight, self.bias).to(x.dtype)
         if self._dequantized is None or self._dequantized.dtype != x.dtype:
             self._dequantized = self.quantized.dequantize(x.dtype)
         if self.activations is not None:
-            x = quantize_per_token_s8(x, self.activations).dequantize(x.dtype)
+            x = quantize_activations(x, self.activations).dequantize(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self._dequantized, bias)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        kind = f"progressive g{self.group_size}" if self.progressive else "per channel"
+        kind = self.form.kind
+        rows = f"g{self.form.group_size}" if kind.grouped else "per channel"
+        rows = f"progressive {rows}" if kind is WeightKind.PROGRESSIVE_U4 else rows
+        rows += f" + {self.form.outliers} INT8 outliers" if self.form.outliers else ""
         grid = self.activations.name if self.activations else "unquantised"
-        return f"{self.in_features}, {self.out_features}, {8 if self.signed else 4}-bit {kind}, activations {grid}"
+        bits = 8 if kind is WeightKind.CHANNEL_S8 else 4
+        return f"{self.in_features}, {self.out_features}, {bits}-bit {rows}, activations {grid}"
 
 
 def set_mode(model: nn.Module, mode: Mode, prefill: int | None = None) -> None:
@@ -144,8 +143,9 @@ def install(block: Block, weights: dict[str, QuantizedWeight], scheme: Scheme) -
     """Replace a block's linears by quantised ones and set its KV grid."""
     attention.state(block.attention).grid = scheme.kv
     for role, weight in weights.items():
-        bias = block.linear(role).bias
-        block.set_linear(role, QuantLinear(weight, None if bias is None else bias.detach(), scheme.activations))
+        linear = block.linear(role)
+        bias = None if linear.bias is None else linear.bias.detach()
+        block.set_linear(role, QuantLinear(weight, bias, scheme.activations, online.of(linear)))
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ chooses quantisation ranges and `gptq` codes. A new method is one more function 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, capture, clipping, hadamard, transforms
+from . import attention, capture, clipping, hadamard, online, transforms
 from . import gptq as gptq_module
 from .architecture import SITES, Architecture, Block, replace_parameter
 from .capture import Batch, Observation
 from .reference import QuantizedWeight
-from .schemes import Scheme, assemble
+from .schemes import Scheme, assemble, quantize_activations
 
 #: Every step by name: what recipes may hold and checkpoints may name.
 STEPS: dict[str, Callable[..., None]] = {}
@@ -77,22 +77,34 @@ class Context:
         return assemble(scales, scales.encode(weight))
 
 
-def _edit(module: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], by: torch.Tensor) -> None:
+def require_direct_inputs(block: Block, name: str, roles: Iterable[str]) -> None:
+    """Raise ValueError where step ``name`` would fold something into linears whose inputs pass an online transform."""
+    for role in roles:
+        if online.of(block.linear(role)) is not None:
+            kind = type(online.of(block.linear(role))).__name__
+            raise ValueError(
+                f"steps: {name} changes the inputs of {block.name(role)}, which pass an {kind}; put steps that add online "
+                "transforms after it"
+            )
+
+
+def edit_outputs(module: nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], by: torch.Tensor) -> None:
     """Apply an output-side transform to a linear's weight and bias, or to a norm's gain."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         replace_parameter(module, name, change(parameter.detach(), by))
 
 
-def _scale_columns(linear: nn.Linear, scale: torch.Tensor) -> None:
+def scale_columns(linear: nn.Linear, scale: torch.Tensor) -> None:
+    """Multiply a linear's weight columns by ``scale [K]``."""
     replace_parameter(linear, "weight", transforms.scale_inputs(linear.weight.detach(), scale))
 
 
-def _per_kv_head(block: Block, per_query_channel: torch.Tensor) -> torch.Tensor:
+def per_kv_head(block: Block, per_query_channel: torch.Tensor) -> torch.Tensor:
     """``[Hq * D]`` -> ``[Hkv, D]``: the largest value among the query heads that share a KV head."""
     return per_query_channel.unflatten(0, (block.kv_heads, -1, block.head_dim)).amax(1)
 
 
-def _per_query_head(block: Block, per_kv_channel: torch.Tensor) -> torch.Tensor:
+def per_query_head(block: Block, per_kv_channel: torch.Tensor) -> torch.Tensor:
     """``[Hkv, D]`` -> ``[Hq, D]``: every query head gets its KV head's row."""
     return per_kv_channel.repeat_interleave(block.heads // block.kv_heads, 0)
 
@@ -104,7 +116,7 @@ def fold_norm(norm: nn.Module, consumers: list[nn.Linear]) -> None:
     """Move an RMSNorm's gain into the linears that read it, so that the norm commutes with rotations."""
     gain = norm.get_parameter("weight").detach()
     for linear in consumers:
-        _scale_columns(linear, gain)
+        scale_columns(linear, gain)
     replace_parameter(norm, "weight", torch.ones_like(gain))
 
 
@@ -124,6 +136,7 @@ def rotate(context: Context, values: bool = False) -> None:
     rotates each value head into o_proj (deepcompressor does, the paper does not).
     """
     block = context.block
+    require_direct_inputs(block, "rotate", ("q", "k", "v", "gate", "up", *(("o",) if values else ())))
     for norm, site in ((block.input_norm, "qkv"), (block.mlp_norm, "gate_up")):
         consumers = [block.linear(role) for role in SITES[site]]
         fold_norm(norm, consumers)
@@ -142,21 +155,54 @@ def rotate(context: Context, values: bool = False) -> None:
 
 
 rotate.prepare = rotate_ends  # type: ignore[attr-defined]
+rotate.data_free = True  # type: ignore[attr-defined]  # needs no calibration
 
 
 def _rotate_like(x: torch.Tensor) -> torch.Tensor:
     return hadamard.transform(x.double()).to(x.dtype)
 
 
-def _rotate_values(block: Block) -> None:
-    """Per head: ``v <- v H``, undone in o_proj's columns. One H for all heads, so grouped queries are no obstacle."""
+def _rotate_values(block: Block, signs: torch.Tensor | float = 1.0) -> None:
+    """Per head: ``v <- v diag(signs) H``, undone in o_proj's columns. The same for all heads, so grouped queries are no
+    obstacle."""
     v, o = block.linear("v"), block.linear("o")
     for name, parameter in list(v.named_parameters()):
         heads = parameter.detach().double().unflatten(0, (block.kv_heads, block.head_dim)).movedim(1, -1)
-        rotated = hadamard.transform(heads).movedim(-1, 1).flatten(0, 1)
+        rotated = hadamard.transform(heads * signs).movedim(-1, 1).flatten(0, 1)
         replace_parameter(v, name, rotated.to(parameter.dtype))
     columns = o.weight.detach().double().unflatten(1, (block.heads, block.head_dim))
-    replace_parameter(o, "weight", hadamard.transform(columns).flatten(1).to(o.weight.dtype))
+    replace_parameter(o, "weight", hadamard.transform(columns * signs).flatten(1).to(o.weight.dtype))
+
+
+@step
+def search_value_rotation(context: Context, count: int = 7, seed: int = 0) -> None:
+    """Rotate value heads by whichever of ``count`` Hadamard matrices with random signs serves the layer best, or by none.
+
+    Candidates are judged by the error of the attention block's output with v and o weights, keys and values quantised.
+    Folded into v_proj and o_proj, so it costs nothing at run time. A search in place of the gradient descent by which
+    SpinQuant (arXiv 2405.16406) learns this rotation.
+    """
+    form, block = context.scheme.weights, context.block
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, block.head_dim)
+    signs = torch.randint(0, 2, shape, generator=generator).mul(2).sub(1).double().to(block.linear("v").weight.device)
+    candidates: list[torch.Tensor | None] = [None, *signs]
+    errors = []
+    with AttentionProbe(context) as probe:
+        for candidate in candidates:
+            with probe.restored():
+                if candidate is not None:
+                    _rotate_values(block, candidate)
+                for role in ("v", "o") if form else ():
+                    weight = block.linear(role).weight.detach()
+                    scales = form.choose(weight)  # type: ignore[union-attr]
+                    rounded = scales.decode(scales.encode(weight)).to(weight.dtype)
+                    replace_parameter(block.linear(role), "weight", rounded)
+                errors.append(probe.error(context.scheme.kv))
+    best = candidates[min(range(len(errors)), key=errors.__getitem__)]
+    if best is not None:
+        _rotate_values(block, best)
+    context.changed()
 
 
 # --- SmoothAttention ------------------------------------------------------------------------------------------------------
@@ -172,7 +218,7 @@ def smooth_attention(context: Context, alpha: float | None = 0.5, beta: float = 
     """
     observed = context.observe()
     assert observed.keys is not None and observed.queries is not None
-    keys, queries = observed.keys, _per_kv_head(context.block, observed.queries.flatten())
+    keys, queries = observed.keys, per_kv_head(context.block, observed.queries.flatten())
     if context.block.key_norm is not None:
         shape = keys.shape
         keys, queries = keys.amax(0).expand(shape), queries.amax(0).expand(shape)
@@ -187,11 +233,11 @@ def smooth_attention(context: Context, alpha: float | None = 0.5, beta: float = 
 def fold_attention_scale(block: Block, scale: torch.Tensor) -> None:
     """Divide keys and multiply queries by ``scale [Hkv, D]``, equal on RoPE pairs (and on all heads with QK-norm)."""
     if block.key_norm is not None and block.query_norm is not None:
-        _edit(block.key_norm, transforms.scale_outputs, 1 / scale[0].double())
-        _edit(block.query_norm, transforms.scale_outputs, scale[0])
+        edit_outputs(block.key_norm, transforms.scale_outputs, 1 / scale[0].double())
+        edit_outputs(block.query_norm, transforms.scale_outputs, scale[0])
         return
-    _edit(block.linear("k"), transforms.scale_outputs, 1 / scale.double().flatten())
-    _edit(block.linear("q"), transforms.scale_outputs, _per_query_head(block, scale).flatten())
+    edit_outputs(block.linear("k"), transforms.scale_outputs, 1 / scale.double().flatten())
+    edit_outputs(block.linear("q"), transforms.scale_outputs, per_query_head(block, scale).flatten())
 
 
 def _search_attention_scale(context: Context, keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
@@ -274,8 +320,9 @@ def smooth_output(context: Context, alpha: float | None = 0.3, beta: float | Non
     alpha near 0 best. ``alpha=None`` searches 0, 0.05, ... 0.95 and no smoothing, per layer, for the smallest output error.
     """
     block = context.block
-    o_max = _per_kv_head(block, context.observe().absmax["o"])
-    o_weight_max = _per_kv_head(block, block.linear("o").weight.detach().float().abs().amax(0))
+    require_direct_inputs(block, "smooth_output", ("o", "down"))
+    o_max = per_kv_head(block, context.observe().absmax["o"])
+    o_weight_max = per_kv_head(block, block.linear("o").weight.detach().float().abs().amax(0))
     down_weight_max = block.linear("down").weight.detach().float().abs().amax(0)
 
     def o_scale(a: float, b: float | None) -> torch.Tensor:
@@ -285,15 +332,26 @@ def smooth_output(context: Context, alpha: float | None = 0.3, beta: float | Non
         return transforms.smoothing_scale(context.observe().absmax["down"], down_weight_max, a, b)
 
     def widen(scale: torch.Tensor) -> torch.Tensor:
-        return _per_query_head(block, scale).flatten()
+        return per_query_head(block, scale).flatten()
 
     o = o_scale(alpha, beta) if alpha is not None else _search_output_scale(context, "o", o_scale, widen)
     down = down_scale(alpha, beta) if alpha is not None else _search_output_scale(context, "down", down_scale)
-    _scale_columns(block.linear("o"), widen(o))
-    _edit(block.linear("v"), transforms.scale_outputs, 1 / o.double().flatten())
-    _scale_columns(block.linear("down"), down)
-    _edit(block.linear("up"), transforms.scale_outputs, 1 / down.double())
+    fold_input_scale(block, "o", o)
+    fold_input_scale(block, "down", down)
     context.changed()
+
+
+def fold_input_scale(block: Block, site: str, scale: torch.Tensor) -> None:
+    """Divide what enters a site of `architecture.SITES` by ``scale`` and multiply the columns that read it.
+
+    The division goes into the norm or the linear in front of the site. ``scale`` is ``[K]``; for "o" it is per KV channel
+    ``[Hkv, D]``, since grouped query heads share their values.
+    """
+    producer = {"qkv": block.input_norm, "o": block.linear("v"), "gate_up": block.mlp_norm, "down": block.linear("up")}
+    edit_outputs(producer[site], transforms.scale_outputs, 1 / scale.double().flatten())
+    columns = per_query_head(block, scale).flatten() if site == "o" else scale
+    for role in SITES[site]:
+        scale_columns(block.linear(role), columns)
 
 
 def _search_output_scale(
@@ -318,9 +376,7 @@ def _search_output_scale(
 
 
 def _round_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    from .affine import quantize_per_token_s8
-
-    return x if scheme.activations is None else quantize_per_token_s8(x, scheme.activations).dequantize()
+    return x if scheme.activations is None else quantize_activations(x, scheme.activations).dequantize()
 
 
 @step
@@ -330,16 +386,17 @@ def reorder(context: Context) -> None:
     Channels are sorted by their largest activation, so that salient ones share a quantisation group. Folded into the rows of
     the producing layers. Matters for per-group weights only.
     """
+    require_direct_inputs(context.block, "reorder", ("o", "down"))
     block, observed = context.block, context.observe()
     order = transforms.salience_order(observed.absmax["down"])
     for role in ("gate", "up"):
-        _edit(block.linear(role), lambda t, index: t[index], order)
+        edit_outputs(block.linear(role), lambda t, index: t[index], order)
     replace_parameter(block.linear("down"), "weight", block.linear("down").weight.detach()[:, order])
 
-    per_head = transforms.salience_order(_per_kv_head(block, observed.absmax["o"]))  # [Hkv, D]
+    per_head = transforms.salience_order(per_kv_head(block, observed.absmax["o"]))  # [Hkv, D]
     offsets = torch.arange(block.heads, device=per_head.device)[:, None] * block.head_dim
-    _edit(block.linear("v"), lambda t, index: t[index], (per_head + offsets[: block.kv_heads]).flatten())
-    columns = (_per_query_head(block, per_head) + offsets).flatten()
+    edit_outputs(block.linear("v"), lambda t, index: t[index], (per_head + offsets[: block.kv_heads]).flatten())
+    columns = (per_query_head(block, per_head) + offsets).flatten()
     replace_parameter(block.linear("o"), "weight", block.linear("o").weight.detach()[:, columns])
     context.changed()
 

@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 from . import capture, outliers, recipes
 from .bundled import load_text, load_tiny, tokens
-from .evaluate import logits_sqnr_db, perplexity
+from .comparison import Bench
+from .comparison import measure as measure_recipe
 from .pipeline import QuantizedModel, quantize
 from .recipes import Recipe
 from .schemes import Scheme
 
 #: Tokens per window; calibration and test windows. Small enough for two laptop cores, large enough to rank methods.
-LENGTH, CALIBRATION_WINDOWS, TEST_WINDOWS, SQNR_WINDOWS = 512, 8, 16, 4
+LENGTH, CALIBRATION_WINDOWS, TEST_WINDOWS = 512, 8, 16
 ACTIVATION_RATIO, KEY_RATIO = 30.0, 10.0
 #: The layer whose insides the page shows.
 LAYER = 2
@@ -50,32 +51,15 @@ def tour_recipes() -> list[Recipe]:
 def measure(name: str, model: nn.Module, calibration: torch.Tensor, test: torch.Tensor, bar: tqdm) -> Result:
     """Quantise ``model`` with every recipe of the tour; one table row each."""
     rows = []
-    ids = test[:SQNR_WINDOWS]
-    with torch.no_grad():
-        exact = model(ids, use_cache=False).logits.float()
+    bench = Bench(model, calibration, {"test": test})
     last = tour_recipes()[-1]
     for recipe in tour_recipes():
         bar.set_description(f"{name}: {recipe.name}"[:40].ljust(40))
-        start = time.perf_counter()
-        data = calibration if recipe.steps else None
-        quantized = quantize(model, recipe, data, progress=False, report=recipe == last)
-        seconds = time.perf_counter() - start
-        rows.append(
-            {
-                "model": name,
-                "step": recipe.name,
-                "format": str(recipe.scheme),
-                "perplexity": perplexity(quantized, test),
-                "logits_sqnr_db": logits_sqnr_db(exact, quantized, ids),
-                "weight_mb": quantized.weight_bytes() / 1e6,
-                "kv_bytes_per_token": quantized.kv_bytes_per_token(),
-                "seconds": seconds,
-            }
-        )
+        found, quantized = measure_recipe(recipe, bench, runtime=False, report=recipe == last)
+        rows += [{"model": name, **row} for row in found]
         bar.update()
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).rename(columns={"method": "step"})
     table["fp16"] = table["perplexity"].iloc[0]
-    table["gap"] = table["perplexity"] - table["fp16"]
     table["change"] = table["perplexity"].diff()
     # the ladder starts afresh after the two methods in front of it
     table.loc[:2, "change"] = float("nan")

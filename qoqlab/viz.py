@@ -535,6 +535,125 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
+def _precision(name: str) -> str:
+    """The bits of a format's name, without group size and the like: ``W4A8KV4 g128`` -> ``W4A8KV4``."""
+    return name.split(" ")[0]
+
+
+def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms") -> go.Figure:
+    """What every method costs in perplexity: one row per method, one colour per precision, one panel per model and text.
+
+    ``table``: as `qoqlab.compare` returns it. A filled mark is the gap to the unquantised model with everything rounded, a
+    ring the same as kernels compute it (none where that was not measured). All panels share one log scale, because methods
+    without any care for outliers lose by factors; gaps below 0.01 sit at its left end. The unquantised model itself has no
+    row; its perplexity stands under each panel.
+    """
+    panels = list(dict.fromkeys(zip(table["model"], table["text"], strict=True)))
+    quantised = table[table["gap"] != 0] if (table["gap"] != 0).any() else table
+    methods, formats = (list(dict.fromkeys(quantised[column])) for column in ("method", "format"))
+    precisions = list(dict.fromkeys(map(_precision, formats)))
+    looks = {
+        name: (PALETTE[i % len(PALETTE)], ("circle", "square", "diamond")[i // len(PALETTE) % 3])
+        for i, name in enumerate(precisions)
+    }
+    titles = [model if len({t for _, t in panels}) == 1 else f"{model} model<br>{text}" for model, text in panels]
+    figure = make_subplots(rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=0.025, subplot_titles=titles)
+    smallest, largest = 0.01, 0.1
+    for column, (model, text) in enumerate(panels, 1):
+        here = (table["model"] == model) & (table["text"] == text)
+        exact = float((table["perplexity"] - table["gap"])[here].iloc[0])
+        part = quantised[(quantised["model"] == model) & (quantised["text"] == text)]
+        for name in precisions:
+            rows = part[part["format"].map(_precision) == name]
+            colour, symbol = looks[name]
+            for runtime in (False, True):
+                gaps = (rows["runtime_perplexity"] - exact if runtime else rows["gap"]).dropna()
+                if gaps.empty and (runtime or column > 1):
+                    continue
+                largest = max(largest, float(gaps.max()))
+                shown = rows.loc[gaps.index]
+                figure.add_scatter(
+                    x=_numbers(gaps.clip(lower=smallest).to_list()),
+                    y=shown["method"].to_list(),
+                    customdata=np.stack(
+                        [shown["format"], gaps.round(3), shown["weight_bits"].round(2), shown["kv_bits"]], -1
+                    ),
+                    mode="markers",
+                    name=name,
+                    legendgroup=name,
+                    showlegend=not runtime and column == 1,
+                    cliponaxis=False,
+                    marker={
+                        "size": 14 if runtime else 8,
+                        "color": colour,
+                        "symbol": symbol + ("-open" if runtime else ""),
+                        "line": {"width": 1.5 if runtime else 0},
+                    },
+                    hovertemplate=f"%{{y}}, {'as kernels compute' if runtime else 'everything rounded'}<br>"
+                    "gap %{customdata[1]:+.3f}<br>%{customdata[2]} bits a weight, %{customdata[3]} a cached value"
+                    "<extra>%{customdata[0]}</extra>",
+                    row=1,
+                    col=column,
+                )
+        figure.update_xaxes(title_text=f"perplexity lost<br>(of fp16: {exact:.2f})", row=1, col=column)
+    decades = [10.0**power for power in range(-2, math.ceil(math.log10(largest)) + 1)]
+    figure.update_xaxes(
+        type="log",
+        range=[-2.15, math.log10(largest) + 0.25],
+        tickvals=decades,
+        ticktext=["≤ 0.01", *(f"{tick:g}" for tick in decades[1:])],
+        tickangle=0,
+        tickfont={"size": 11},
+    )
+    figure.update_yaxes(categoryorder="array", categoryarray=methods, range=[len(methods) - 0.4, -0.6])
+    figure.update_annotations(font_size=13)
+    below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}
+    margin = {"l": 70, "r": 30, "t": 100, "b": 130}
+    return _layout(figure, title, height=230 + 22 * len(methods), legend=below, margin=margin).update_yaxes(
+        title_text="method", col=1
+    )
+
+
+def trade_off(table: pd.DataFrame, cost: str, title: str, x: str) -> go.Figure:
+    """Perplexity lost against what it costs: methods on the staircase are worth having, the others lose to one of them.
+
+    ``table``: rows of `qoqlab.compare` for one model and text; ``cost``: the column to count, lower is better; ``x`` names it.
+    A method is off the staircase if another one costs at most as much and loses at most as much. Gaps below 0.01 count as
+    that. Always three traces.
+    """
+    rows = table.assign(shown=table["gap"].clip(lower=0.01)).sort_values([cost, "gap"], kind="stable")
+    # by rising cost, a method is worth having if it loses less than all before it
+    best = rows["shown"] < rows["shown"].cummin().shift(fill_value=math.inf)
+    stairs = rows[best]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=_numbers(stairs[cost].to_list()),
+        y=_numbers(stairs["shown"].to_list()),
+        mode="lines",
+        line={"shape": "hv", "color": _MUTED, "width": 1.5, "dash": "dot"},
+        name="the best there is for the cost",
+        hoverinfo="skip",
+    )
+    for worth, name, colour in ((False, "loses to another method", PALETTE[5]), (True, "worth having", PALETTE[1])):
+        part = rows[best == worth]
+        figure.add_scatter(
+            x=_numbers(part[cost].to_list()),
+            y=_numbers(part["shown"].to_list()),
+            customdata=part["gap"].round(3).to_list(),
+            text=[f" {method} " for method in part["method"]],
+            mode="markers+text" if worth else "markers",
+            # labels at the right edge point inwards
+            textposition=["middle left" if v > 0.8 * rows[cost].max() else "middle right" for v in part[cost]],
+            textfont={"size": 12},
+            marker={"size": 12 if worth else 8, "color": colour, "symbol": "circle" if worth else "circle-open"},
+            name=name,
+            hovertemplate=f"%{{text}}<br>gap %{{customdata:+.3f}}<br>{x}: %{{x:.4g}}<extra></extra>",
+        )
+    _layout(figure, title, x, "perplexity lost against fp16 (log scale)", legend=_legend_above(), showlegend=True)
+    costs, gaps = (torch.tensor(rows[column].to_list(), dtype=torch.float64) for column in (cost, "shown"))
+    return figure.update_xaxes(**_log_axis([costs])).update_yaxes(**_log_axis([gaps]))
+
+
 # --- why four, eight and four ---------------------------------------------------------------------------------------------
 
 

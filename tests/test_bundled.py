@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+import types
 
 import pytest
 import torch
@@ -130,7 +132,9 @@ def test_a_short_text_is_refused(tiny) -> None:
 
 
 def test_unknown_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="name: 'wikitext' is not a bundled text; there is 'python-docs'"):
+    with pytest.raises(
+        ValueError, match="name: 'wikitext' is not a text; there is 'python-docs', 'wikitext-2', or the path of a file"
+    ):
         qoqlab.load_text("wikitext", "test")
     with pytest.raises(ValueError, match="split: expected 'calibration' or 'test', got 'train'"):
         qoqlab.load_text("python-docs", "train")
@@ -191,3 +195,60 @@ def test_text_is_generated_in_four_bits(tiny) -> None:
     prompt = torch.tensor([tokenizer("The following statement", verbose=False)["input_ids"]])
     out = qoqlab.generate(result, prompt, max_new_tokens=8, do_sample=False)
     assert prompt.shape[1] < out.shape[1] <= prompt.shape[1] + 8 and torch.equal(out[:, : prompt.shape[1]], prompt)
+
+
+# --- text from files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_as_it_is(tmp_path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("One.\n\n \nTwo é.\n", encoding="utf-8")
+    assert qoqlab.load_text(str(path), "test") == qoqlab.load_text(path, "calibration") == "One.\n\n \nTwo é.\n"
+
+
+@pytest.mark.parametrize("pattern", ["{}.txt", "wiki.{}.raw", "wiki.{}.tokens"])
+def test_a_folder_has_a_file_per_split(pattern: str, tmp_path) -> None:
+    for split in ("valid", "test"):
+        (tmp_path / pattern.format(split)).write_text(split)
+    assert [qoqlab.load_text(tmp_path, s) for s in ("calibration", "test")] == ["valid", "test"]
+    (tmp_path / pattern.format("train")).write_text("train")
+    assert qoqlab.load_text(tmp_path, "calibration") == "train"
+
+
+def test_wikitext_is_joined_as_published_perplexities_have_it(tmp_path) -> None:
+    separator = "\u2028"  # ends a line for str.splitlines, and for no published loader
+    (tmp_path / "test.txt").write_text(f" \n = Title = \n \n Words ,{separator}and words . \n", encoding="utf-8")
+    expected = f"\n\n = Title = \n\n\n\n\n Words ,{separator}and words . \n"
+    assert qoqlab.load_text("wikitext-2", "test", tmp_path) == expected
+    assert qoqlab.load_text("wikitext-2", "calibration", tmp_path / "test.txt") == expected
+
+
+def test_wikitext_through_the_package_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(*args, split):
+        calls.append((*args, split))
+        return {"text": ["", " = Title = \n", "", " Words . \n"]}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert qoqlab.load_text("wikitext-2", "test") == "\n\n = Title = \n\n\n\n\n Words . \n"
+    qoqlab.load_text("wikitext-2", "calibration")
+    assert calls == [("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("test", "train")]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "qoqlab\[eval\]", or pass path='):
+        qoqlab.load_text("wikitext-2", "test")
+
+
+def test_text_that_cannot_be_read_is_named(tmp_path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"path: .*latin\.txt is not UTF-8 text"):
+        qoqlab.load_text(tmp_path / "latin.txt", "test")
+    with pytest.raises(FileNotFoundError, match=r"path: .* holds no test text; looked for test\.txt"):
+        qoqlab.load_text(tmp_path, "test")
+    with pytest.raises(FileNotFoundError, match="path: there is no file"):
+        qoqlab.load_text("wikitext-2", "test", tmp_path / "gone")
+    with pytest.raises(ValueError, match="path: goes with 'wikitext-2', got name 'python-docs'"):
+        qoqlab.load_text("python-docs", "test", tmp_path)
+    for name in ("gone.txt", 3):
+        with pytest.raises(ValueError, match="is not a text; there is 'python-docs'"):
+            qoqlab.load_text(name, "test")

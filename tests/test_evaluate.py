@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 
 import pytest
 import torch
 
-from qoqlab import generate, perplexity, quantize, runtime
+from qoqlab import generate, load_tiny, perplexity, quantize, runtime
 from qoqlab.attention import Mode
-from qoqlab.evaluate import logits_sqnr_db
+from qoqlab.evaluate import lm_eval, logits_sqnr_db
 from qoqlab.grids import UINT4
 from qoqlab.hf import KV4Cache
 from qoqlab.recipes import Recipe
@@ -214,3 +216,78 @@ def test_perplexity_refuses_bad_arguments(quantized) -> None:
         perplexity(model, torch.zeros(1, 4))
     with pytest.raises(ValueError, match="ids: expected non-empty int64 tokens"):
         generate(model, torch.zeros(0, 4, dtype=torch.int64), 1)
+
+
+# --- lm-evaluation-harness ------------------------------------------------------------------------------------------------
+
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: gold
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
+
+
+@pytest.fixture
+def local_tasks(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A folder with task ``words``: twelve questions with two answers each, in a local JSONL file."""
+    pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"q": f"The {i}th keyword is", "choices": [" def", " quetzalcoatl"], "gold": int(i % 4 == 0)} for i in range(12)]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "words.yaml").write_text(TASK.format(name="words", data=tmp_path / "words.jsonl"))
+    return tmp_path
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, tokenizer, limit: int) -> float:
+    """The task's score, written out: the continuation of the larger log-probability wins."""
+    right = 0
+    for i in range(limit):
+        prompt = tokenizer(f"The {i}th keyword is")["input_ids"]
+        scores = []
+        for choice in (" def", " quetzalcoatl"):
+            ids = tokenizer(f"The {i}th keyword is{choice}")["input_ids"]
+            log_p = model(torch.tensor([ids[:-1]]), use_cache=False).logits[0].log_softmax(-1)
+            scores.append(sum(float(log_p[t - 1, ids[t]]) for t in range(len(prompt), len(ids))))
+        right += scores.index(max(scores)) == int(i % 4 == 0)
+    return right / limit
+
+
+def test_lm_eval_scores_a_local_task(local_tasks) -> None:
+    model, tokenizer = load_tiny()
+    result = quantize(model, "rtn-w8a8", progress=False, report=False)
+    for subject, network, limit in ((model, model, None), (result, result.model, 8)):
+        table = lm_eval(subject, "words", include_path=local_tasks, limit=limit)
+        assert table[["task", "metric", "filter"]].to_numpy().tolist() == [["words", "acc", "none"]]
+        assert table.value.item() == pytest.approx(accuracy(network, tokenizer, limit or 12))
+        assert table.stderr.item() >= 0
+    assert lm_eval(result, ["words"], tokenizer, local_tasks, 2, mode=Mode.RUNTIME).value.between(0, 1).all()
+
+
+def test_lm_eval_refuses_bad_arguments(local_tasks) -> None:
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"tasks: 'nothing' is neither a task of the harness nor one of"):
+        lm_eval(model, "nothing", include_path=local_tasks)
+    with pytest.raises(ValueError, match="tokenizer: none given, and none found for the model's name"):
+        lm_eval(model, "words", include_path=local_tasks)
+
+
+def test_lm_eval_checks_before_the_harness_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r'pip install "qoqlab\[eval\]"'):
+        lm_eval(build("llama"), "words")
+    for tasks in ([], [3]):
+        with pytest.raises(ValueError, match="tasks: expected a task's name or a list of names"):
+            lm_eval(build("llama"), tasks)
+    with pytest.raises(TypeError, match="mode: RUNTIME needs a QuantizedModel"):
+        lm_eval(build("llama"), "words", mode=Mode.RUNTIME)
+    with pytest.raises(TypeError, match="model: expected a Hugging Face causal language model"):
+        lm_eval(3, "words")

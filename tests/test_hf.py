@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qoqlab import quantize, runtime
-from qoqlab.attention import Mode
+from qoqlab.attention import Mode, decode_attention
 from qoqlab.grids import UINT4
 from qoqlab.hf import KV4Cache, KV4Layer
-from qoqlab.kv import quantize_kv4
+from qoqlab.kv import Keys, KVFormat, quantize_kv4
 from qoqlab.recipes import Recipe
 from qoqlab.schemes import Scheme
 
@@ -218,3 +218,65 @@ def test_a_quantised_model_does_not_round_a_cached_key_twice(quantized) -> None:
         finally:
             layer.qoq.grid = grid
     assert torch.equal(seen[0], seen[1])
+
+
+# --- other formats --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 8, 19])
+def test_a_cache_with_keys_per_channel_is_the_decode_step(prompt: int) -> None:
+    """A prompt, then token by token: what attention sees equals the formula for all steps at once."""
+    form = KVFormat(UINT4, Keys.CHANNEL, window=8)
+    cache, (q, k, v) = KV4Cache(form), (keys(20, seed=s) for s in (1, 2, 3))
+    expected = decode_attention(q, k, v, None, form, prompt)
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, 20))]:
+        part = slice(start, stop)
+        seen_k, seen_v = cache.update(k[:, :, part], v[:, :, part], 0)
+        assert seen_k.shape == seen_v.shape == (2, 2, stop, 16) and cache.get_seq_length() == stop
+        mask = torch.arange(stop) <= torch.arange(start, stop)[:, None]
+        out = torch.nn.functional.scaled_dot_product_attention(q[:, :, part], seen_k, seen_v, attn_mask=mask)
+        torch.testing.assert_close(out.transpose(1, 2), expected[:, part], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_with_keys_per_channel_stores_what_it_says() -> None:
+    cache = KV4Cache(KVFormat(UINT4, Keys.CHANNEL, window=8))
+    for token in keys(19).half().split(1, 2):
+        cache.update(token, token, 0)
+    rows = 2 * 2
+    window = 16 * (8 // 2 + 4)  # 16 channels: 8 codes, a scale and a zero each
+    assert cache.storage_bytes() == rows * (2 * window + 3 * 16 * 2 + 19 * (16 // 2 + 4))
+    cache.reset()
+    assert cache.storage_bytes() == 0 and cache.get_seq_length() == 0
+
+
+def test_sequences_of_a_cache_with_keys_per_channel_can_be_selected() -> None:
+    form = KVFormat(UINT4, Keys.CHANNEL, window=4)
+    cache, swapped, k = KV4Cache(form), KV4Cache(form), keys(7)
+    cache.update(k, k, 0)
+    swapped.update(k.flip(0), k.flip(0), 0)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    new = keys(1, seed=4)
+    for a, b in zip(cache.update(new, new, 0), swapped.update(new, new, 0), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("preset", ["quarot-w4a8kv4", "kivi-kv4"])
+def test_generation_equals_decode_steps(preset: str, quantized) -> None:
+    """The cache and the formula for all decode steps at once lead to the same next token's logits."""
+    result = quantized("llama", preset)
+    form, ids = result.recipe.scheme.kv, random_ids(2, 40, seed=8)
+    with runtime.mode(result.model, Mode.RUNTIME, prefill=10):
+        expected = result.model(ids, use_cache=False).logits[:, 9:]
+    cache, found = KV4Cache(form), []
+    with runtime.mode(result.model, Mode.RUNTIME):
+        for part in (ids[:, :10], *ids[:, 10:].split(1, 1)):
+            found.append(result.model(part, past_key_values=cache, use_cache=True).logits[:, -1:])
+    # sums in another order may move an activation or a key to the next code
+    error = (torch.cat(found, 1) - expected).norm() / expected.norm()
+    assert float(error) < 0.05
+
+
+@pytest.mark.parametrize("bad", [None, KVFormat(None, rotate_keys=True)])
+def test_a_cache_needs_a_grid(bad) -> None:
+    with pytest.raises(ValueError, match="grid: expected a Grid or a KVFormat with a grid"):
+        KV4Layer(bad)

@@ -165,3 +165,32 @@ def test_shapes_dtypes_and_errors(shape, dtype, offset, grid, seed):
     assert int(c.codes.max()) <= grid.high
     assert c.dequantize(dtype).dtype == dtype
     assert (error_in_steps(x, c) <= 1 + grid.steps * HALF * 1.01 + 2.0**-10).all()
+
+
+def test_windows_of_keys_are_rows_of_one_channel():
+    x = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0))
+    form = kv.KVFormat(UINT4, kv.Keys.CHANNEL, window=4)
+    got = form.quantize_windows(x)
+    assert (got.codes.shape, got.scales.shape) == ((2, 3, 5, 4), (2, 3, 5))
+    for b, w, c in ((0, 0, 0), (1, 2, 4), (0, 1, 3)):
+        codes, scale, zero = scalar(x[b, 4 * w : 4 * w + 4, c].numpy(), UINT4)
+        row = got.codes[b, w, c].tolist(), got.scales[b, w, c].item(), got.zeros[b, w, c].item()
+        assert row == (codes, scale, zero)
+    whole = kv.dequantize_windows(got, torch.float32)
+    assert whole.shape == x.shape and torch.equal(form.round_keys(x), whole)
+    # three tokens wait for a fourth
+    assert torch.equal(form.round_keys(x[:, :11]), torch.cat([whole[:, :8], x[:, 8:11]], 1))
+    assert torch.equal(form.round_keys(x[:, :3]), x[:, :3])
+    with pytest.raises(ValueError, match="x: 11 tokens do not fill windows of 4"):
+        form.quantize_windows(x[:, :11])
+
+
+def test_a_ratio_clips_both_ends():
+    x = torch.tensor([[-1.0, 0.0, 1.0, 3.0]])
+    got = kv.quantize_kv(x, UINT4, 0.5)
+    assert got.dequantize()[0, 3].item() == pytest.approx(1.5, rel=1e-2) and got.scales.item() == pytest.approx(
+        2 / 15, rel=1e-3
+    )
+    assert got.codes[0, 3] == 15 and got.codes[0, 0] == 0
+    with pytest.raises(ValueError, match="ratio"):
+        kv.quantize_kv(x, UINT4, 0.0)

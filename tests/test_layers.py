@@ -13,18 +13,19 @@ PACKAGE = ROOT / "qoqlab"
 
 #: Top to bottom. A module may import from every line above, and from names further left on its own line.
 LAYERS = [
-    ["grids", "checks"],
+    ["grids", "checks", "tensorfile"],
     ["affine", "packing"],
-    ["progressive", "kv", "hadamard", "transforms"],
+    ["progressive", "grouped", "kv", "hadamard", "transforms"],
     ["reference"],
     ["schemes", "clipping", "gptq"],
-    ["architecture", "attention", "capture", "bundled"],
-    ["runtime", "steps", "outliers", "recipes"],
+    ["architecture", "online", "attention", "capture", "offload", "bundled"],
+    ["runtime", "steps", "baselines", "outliers", "recipes", "resume"],
     ["pipeline"],
-    ["formats", "hf", "evaluate"],
-    ["roofline", "sweep", "viz", "exercises"],
+    ["rebuild", "engine_files", "qserve_format", "deepcompressor", "compressed_tensors"],
+    ["formats", "hf", "hf_quantizer", "evaluate"],
+    ["roofline", "sweeps", "comparison", "viz", "exercises"],
     ["widgets"],
-    ["tour"],
+    ["tour", "cli"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

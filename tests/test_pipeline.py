@@ -85,7 +85,10 @@ def test_quantised_linears_follow_the_scheme(quantized) -> None:
             for _, linear in block.linears():
                 assert isinstance(linear, QuantLinear) == (weights is not None)
                 if weights is not None:
-                    assert linear.activations == INT8 and linear.progressive == ("g128" in preset)
+                    scheme = result.recipe.scheme
+                    assert linear.activations == scheme.activations
+                    shape = linear.out_features, linear.in_features
+                    assert linear.form.layout(*shape) == scheme.weights.layout(*shape)
             if preset != "fp16":
                 assert block.attention.qoq.grid == result.recipe.scheme.kv
         assert type(result.model.lm_head) is torch.nn.Linear

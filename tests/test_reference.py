@@ -1,13 +1,15 @@
 """What kernels must equal: exact integers, the epilogue within fp16 rounding, attention against torch's own."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from qoqlab import affine, kv, progressive, reference
-from qoqlab.grids import Zero
+from qoqlab import affine, grouped, kv, progressive, reference
+from qoqlab.grids import INT8, Zero
+from qoqlab.reference import grouped_matmul, w4a8_matmul
 
 #: Relative half ulp of fp16 and fp32, and fp16's absolute one below its normal range.
 HALF, SINGLE, SUBNORMAL = 2.0**-11, 2.0**-24, 2.0**-25
@@ -225,3 +227,40 @@ def test_softmax_survives_large_scores():
 def test_attention_refuses_shapes_that_do_not_fit(query, keys):
     with pytest.raises(ValueError, match="query"):
         reference.kv4_attention(torch.ones(query), torch.ones(keys), torch.ones(keys))
+
+
+# --- operands with groups -------------------------------------------------------------------------------------------------
+
+
+def test_grouped_matmul_by_hand():
+    """Two groups of two columns: each integer product is multiplied by its own pair of scales."""
+    weight = grouped.quantize(torch.tensor([[7.0, -7.0, 0.5, 1.0]]), grouped.choose_symmetric(torch.ones(1, 4) * 7, 2))
+    weight = dataclasses.replace(weight, codes=torch.tensor([[1, -2, 3, 4]], dtype=torch.int8))
+    weight = dataclasses.replace(weight, scales=torch.tensor([[0.5, 0.25]], dtype=torch.float16))
+    x = affine.Affine(
+        torch.tensor([2.0], dtype=torch.float16), None, INT8, Zero.INTEGER, torch.tensor([[10, 1, -1, 5]]).char()
+    )
+    # (10 * 1 + 1 * -2) * 0.5 * 2 + (-1 * 3 + 5 * 4) * 0.25 * 2
+    assert grouped_matmul(x, weight).tolist() == [[8 * 0.5 * 2 + 17 * 0.25 * 2]]
+    assert grouped_matmul(x, weight, torch.tensor([0.5])).tolist() == [[17.0]]
+
+
+@pytest.mark.parametrize("zero", Zero)
+def test_one_group_is_the_per_channel_matmul(zero):
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    x = affine.quantize_per_token_s8(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    one = grouped.quantize(w, grouped.choose_asymmetric(w, 64, zero=zero))
+    torch.testing.assert_close(
+        grouped_matmul(x, one), w4a8_matmul(x, affine.quantize_per_channel_u4(w, zero)), rtol=1e-3, atol=0
+    )
+    progressive_weight = progressive.quantize(w, 32)
+    assert torch.equal(grouped_matmul(x, progressive_weight), w4a8_matmul(x, progressive_weight))
+
+
+def test_grouped_matmul_refuses_operands_that_do_not_fit():
+    w = torch.randn(8, 64)
+    weight = grouped.quantize(w, grouped.choose_asymmetric(w, 16))
+    with pytest.raises(ValueError, match="x: last dimension 32 does not match the weight's K = 64"):
+        grouped_matmul(affine.quantize_per_token_s8(torch.randn(3, 32)), weight)
+    with pytest.raises(ValueError, match="bias: expected shape 8"):
+        grouped_matmul(affine.quantize_per_token_s8(torch.randn(3, 64)), weight, torch.ones(3))

@@ -13,9 +13,11 @@ from qoqlab import affine, attention, progressive, reference, runtime
 from qoqlab.architecture import describe
 from qoqlab.attention import Mode
 from qoqlab.grids import INT4, INT8, UINT4, Zero
-from qoqlab.recipes import PER_CHANNEL, PER_CHANNEL_INT8, PROGRESSIVE
+from qoqlab.grouped import Grouped
+from qoqlab.online import OnlineHadamard, OnlineReorder
+from qoqlab.recipes import GROUPS, MIXED, PER_CHANNEL, PER_CHANNEL_INT4, PER_CHANNEL_INT8, PROGRESSIVE
 from qoqlab.runtime import QuantLinear
-from qoqlab.schemes import Scheme, WeightFormat, WeightKind, assemble
+from qoqlab.schemes import ActivationFormat, Scheme, WeightFormat, WeightKind, assemble, quantize_activations
 
 from .families import FAMILIES, build, cast_parameters, logits, random_ids, relative_error, wide
 
@@ -27,6 +29,18 @@ FORMS = {
     "channel-integer": PER_CHANNEL,
     "channel-scaled": WeightFormat(WeightKind.CHANNEL_U4, zero=Zero.SCALED),
     "channel-int8": PER_CHANNEL_INT8,
+    "channel-int4": PER_CHANNEL_INT4,
+    "groups": GROUPS,
+    "groups-scaled": WeightFormat(WeightKind.GROUP_U4, 64, Zero.SCALED),
+    "groups-symmetric": WeightFormat(WeightKind.GROUP_S4, 32),
+    "mixed": MIXED,
+}
+ACTIVATIONS = {
+    "INT4": INT4,
+    "INT4-clipped": ActivationFormat(INT4, ratio=0.9),
+    "INT4-groups": ActivationFormat(INT4, 32),
+    "INT4-mixed": ActivationFormat(INT4, 128, 128),
+    "INT8-apart": ActivationFormat(INT8, None, 128),
 }
 
 
@@ -83,7 +97,26 @@ def test_runtime_mode_is_the_reference_matmul_exactly(form: WeightFormat, bias: 
     layer.mode = Mode.RUNTIME
     out = layer(x)
     assert out.dtype == dtype
-    assert torch.equal(out, reference.w4a8_matmul(x, quantized, b).to(dtype))
+    if isinstance(quantized, Grouped):
+        expected = reference.grouped_matmul(affine.quantize_per_token_s8(x), quantized, b)
+    else:
+        expected = reference.w4a8_matmul(x, quantized, b)
+    assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_pair_of_formats_computes_in_both_modes(form: WeightFormat, activations) -> None:
+    """Groups of weights and activations need not coincide; RUNTIME is the rounded operands' product up to fp16."""
+    _, quantized = make(form, k=256)
+    layer, x = QuantLinear(quantized, None, activations), torch.randn(2, 5, 256)
+    rounded = quantize_activations(x, activations).dequantize()
+    exact = rounded.double() @ quantized.dequantize().double().T
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-4)
+    layer.mode = Mode.RUNTIME
+    # fp16 keeps 11 bits; the fp32 sum over pieces loses a little more where large terms cancel
+    cancelled = 1e-5 * (rounded.double().abs() @ quantized.dequantize().double().abs().T)
+    assert bool(((layer(x).double() - exact).abs() <= 2**-11 * exact.abs() + cancelled).all())
 
 
 @settings(max_examples=25, deadline=None)
@@ -162,6 +195,24 @@ def test_storage_is_the_formats_bits(form: WeightFormat) -> None:
 def test_print_says_what_a_layer_is() -> None:
     assert "8-bit per channel" in str(QuantLinear(make(PER_CHANNEL_INT8)[1], None, None))
     assert "128, 24, 4-bit progressive g128, activations INT8" in str(QuantLinear(make(PROGRESSIVE)[1], None, INT8))
+    mixed = str(QuantLinear(make(MIXED)[1], None, ActivationFormat(INT4, 128, 128), OnlineHadamard(128)))
+    assert "128, 24, 4-bit g128 + 4 INT8 outliers, activations INT4 g128 + 128 INT8" in mixed
+    assert "OnlineHadamard(size=128)" in mixed
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_an_online_transform_comes_before_everything_and_is_stored(mode: Mode) -> None:
+    _, quantized = make(PROGRESSIVE)
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 128)
+    for transform in (OnlineHadamard(4), OnlineReorder(order)):
+        layer, plain = QuantLinear(quantized, None, INT8, transform), QuantLinear(quantized, None, INT8)
+        layer.mode = plain.mode = mode
+        assert torch.equal(layer(x), plain(transform(x))) and not torch.equal(layer(x), plain(x))
+        half = copy.deepcopy(layer).to(torch.bfloat16)
+        assert torch.equal(half(x), layer(x))
+        stored = sum(t.nbytes for t in layer.state_dict().values())
+        assert layer.storage_bytes() == stored > plain.storage_bytes()
 
 
 # --- models ---------------------------------------------------------------------------------------------------------------

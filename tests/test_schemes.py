@@ -1,11 +1,22 @@
 """Formats: what they store, counted in bytes, and how they dispatch."""
 
+import json
+
 import pytest
 import torch
 
-from qoqlab import affine, kv, packing, progressive
-from qoqlab.grids import INT8, UINT4, UINT8, Zero
-from qoqlab.schemes import Scheme, WeightFormat, WeightKind, assemble
+from qoqlab import affine, kv, packing, progressive, recipes
+from qoqlab.grids import INT4, INT8, UINT4, UINT8, Zero
+from qoqlab.kv import Keys, KVFormat
+from qoqlab.schemes import (
+    ActivationFormat,
+    Scheme,
+    WeightFormat,
+    WeightKind,
+    assemble,
+    scheme_from_json,
+    scheme_to_json,
+)
 
 
 def weight(n=32, k=256):
@@ -108,7 +119,58 @@ def test_bad_weights_are_refused_for_every_kind():
         (Scheme(WeightFormat(WeightKind.CHANNEL_U4), INT8, UINT4), "W4A8KV4"),
         (Scheme(WeightFormat(WeightKind.CHANNEL_S8), INT8, UINT8), "W8A8KV8"),
         (Scheme(activations=INT8), "W16A8KV16"),
+        (Scheme(WeightFormat(WeightKind.GROUP_U4)), "W4A16KV16 g128"),
+        (Scheme(WeightFormat(WeightKind.CHANNEL_S4), ActivationFormat(INT4, ratio=0.9), KVFormat(ratio=0.9)), "W4A4KV4"),
+        (Scheme(WeightFormat(WeightKind.GROUP_S4, outliers=128), INT4, UINT8), "W4A4KV8 g128 + INT8 outliers"),
+        (Scheme(kv=KVFormat(keys=Keys.CHANNEL)), "W16A16KV4 keys per channel"),
+        (Scheme(kv=KVFormat(None, rotate_keys=True)), "W16A16KV16"),
     ],
 )
 def test_names(scheme, name):
     assert str(scheme) == name
+
+
+def test_kv_bits_of_keys_per_channel():
+    # keys: 32 bits of scale and zero for 32 tokens of a channel; values: for the 128 channels of a token
+    assert Scheme(kv=KVFormat(keys=Keys.CHANNEL, window=32)).kv_bits_per_value(128) == 4 + (32 / 32 + 32 / 128) / 2
+    assert Scheme(kv=KVFormat(UINT8, rotate_keys=True)).kv_bits_per_value(64) == 8.5
+    assert Scheme(kv=KVFormat(None)).kv_bits_per_value(64) == 16
+
+
+SCHEMES = [
+    *[recipes.get(name).scheme for name in recipes.names()],
+    Scheme(WeightFormat(WeightKind.GROUP_U4, 32, Zero.SCALED), ActivationFormat(INT8, 32), KVFormat(None, rotate_keys=True)),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_schemes_survive_json(scheme):
+    text = json.dumps(scheme_to_json(scheme))
+    assert scheme_from_json(json.loads(text)) == scheme
+
+
+def test_json_of_the_first_release_is_still_read():
+    data = {
+        "weights": {"kind": "progressive-u4", "group_size": 128, "zero": "integer", "first_level": "unrounded"},
+        "activations": "INT8",
+        "kv": "UINT4",
+    }
+    assert scheme_from_json(data) == Scheme(WeightFormat(WeightKind.PROGRESSIVE_U4), INT8, UINT4)
+
+
+def test_nonsense_in_json_is_refused():
+    good = scheme_to_json(Scheme(WeightFormat(WeightKind.PROGRESSIVE_U4), INT8, KVFormat()))
+    for part, value in (
+        ("weights", {"kind": "u2"}),
+        ("weights", {**good["weights"], "group_size": "128"}),
+        ("weights", {**good["weights"], "zero": 3}),
+        ("activations", "INT9"),
+        ("activations", {"grid": "INT8", "colour": 1}),
+        ("activations", {"grid": "INT8", "ratio": 2}),
+        ("kv", {**good["kv"], "keys": "row"}),
+        ("kv", {**good["kv"], "window": -2}),
+        ("kv", {}),
+        ("kv", ["UINT4"]),
+    ):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            scheme_from_json({**good, part: value})

@@ -8,7 +8,7 @@ import torch
 from qoqlab import outliers, quantize, steps
 from qoqlab.architecture import describe
 from qoqlab.grids import INT8, UINT4
-from qoqlab.recipes import PER_CHANNEL, PROGRESSIVE, Step
+from qoqlab.recipes import PER_CHANNEL, PROGRESSIVE, Recipe, Step
 from qoqlab.schemes import Scheme
 
 from .families import FAMILIES, LLAMA3_ROPE, VOCABULARY, build, logits, only, random_ids, relative_error
@@ -264,3 +264,34 @@ def test_tokens_outside_calibration_reach_every_vocabulary_entry() -> None:
     changed = quantize(model, only(ROTATE), torch.zeros(1, 4, dtype=torch.int64), progress=False).model
     everything = torch.arange(VOCABULARY).view(4, -1)
     assert relative_error(logits(changed, everything), logits(model, everything)) < TIGHT
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rotations_of_values_with_signs_are_exact(name: str) -> None:
+    model = double(name)
+    exact = logits(model, IDS)
+    for block in describe(model).blocks:
+        steps._rotate_values(block, 1.0 - 2.0 * (torch.arange(block.head_dim) % 3 == 0).double())
+    assert relative_error(logits(model, IDS), exact) < TIGHT
+
+
+def test_the_searched_rotation_spreads_outliers_of_values() -> None:
+    """One value channel is 100 times the others (undone in o_proj): rotating heads is then what quantisation needs."""
+    model = build("llama", hidden_size=128, intermediate_size=256, head_dim=32)
+    for block in describe(model).blocks:
+        v, o = block.linear("v"), block.linear("o")
+        per_head = block.heads // block.kv_heads
+        with torch.no_grad():
+            for head in range(block.kv_heads):
+                v.weight[head * 32 + 3] *= 100
+                for query in range(head * per_head, (head + 1) * per_head):
+                    o.weight[:, query * 32 + 3] /= 100
+    ids = random_ids(4, 24)
+    exact = logits(model, IDS)
+    scheme = Scheme(None, None, UINT4)
+    errors = []
+    for chosen in ((), (Step(steps.search_value_rotation),), (Step(steps.search_value_rotation, {"count": 0}),)):
+        result = quantize(model, Recipe("values", scheme, chosen), ids, progress=False)
+        errors.append(relative_error(logits(result.model, IDS), exact))
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] == errors[0]  # without candidates nothing changes

@@ -1,0 +1,323 @@
+"""The command line: each command is a thin call of the library.
+
+Exit codes: 0 done; 2 bad input (one line on standard error, no traceback); 130 interrupted. No model is downloaded: it is
+"tiny" (the bundled one), a folder, or a repository that lies in the local Hugging Face cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+app = typer.Typer(
+    help="Quantise, evaluate, compare, export and inspect language models with qoqlab.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_T = TypeVar("_T", bound=Callable[..., None])
+_out, _err = Console(), Console(stderr=True)
+TINY = "tiny"
+#: Tokens per window: of published perplexities, and quick on a laptop.
+PAPER_LENGTH, TINY_LENGTH = 2048, 512
+
+
+class Format(Enum):
+    """Checkpoint formats of other engines."""
+
+    QSERVE = "qserve"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    DEEPCOMPRESSOR = "deepcompressor"
+
+
+Model = Annotated[str, typer.Argument(help='"tiny", a folder, or a repository in the local Hugging Face cache.')]
+Folder = Annotated[Path, typer.Argument(help="A folder that `qoqlab quantize` or qoqlab.save wrote.")]
+Text = Annotated[str, typer.Option(help='"python-docs", "wikitext-2", or the path of a text file or folder.')]
+TextPath = Annotated[Path | None, typer.Option(help='Where "wikitext-2" lies; without it the package datasets finds it.')]
+Length = Annotated[
+    int | None, typer.Option(help="Tokens per window; default: 2048, at most the model's context; tiny: 512.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
+
+
+def _plain_errors(command: _T) -> _T:
+    """Bad input ends a command with one line and exit code 2, not with a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            line = " ".join(str(error).split()) or type(error).__name__
+            _err.print(f"Error: {line}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _err.print("Interrupted. A quantisation continues after its last finished block when started again.")
+            raise typer.Exit(130) from None
+
+    return run  # type: ignore[return-value]
+
+
+# --- commands -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@_plain_errors
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the quantised checkpoint.")],
+    recipe: Annotated[str, typer.Option(help="A preset; `qoqlab recipes` lists them.")] = "qoq-g128",
+    text: Text = "python-docs",
+    text_path: TextPath = None,
+    length: Length = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows, from all over the text.")] = 32,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    report: Annotated[bool, typer.Option(help="Measure the error after every stage.")] = True,
+) -> None:
+    """Quantise MODEL block by block from disk. Started again after a kill, it continues after the last finished block."""
+    from . import formats, offload, pipeline, recipes
+
+    chosen = recipes.get(recipe)
+    network = offload.open_model(_folder(model), _dtype(dtype, model), _device(device))
+    tokenizer = _tokenizer(model)
+    calibration = None
+    if pipeline.needs_calibration(chosen) or report:
+        calibration = _windows(tokenizer, network, text, "calibration", text_path, length, windows)
+    run = out.absolute().with_name(f".{out.name}.run")
+    if run.is_dir():
+        _err.print(f"Continuing after {len(list(run.glob('block-*')))} finished blocks.", highlight=False)
+    done = pipeline.quantize(
+        network, chosen, calibration, inplace=True, progress=_bar(chosen.name), report=report, resume=run
+    )
+    formats.save(done, out)
+    tokenizer.save_pretrained(out)
+    shutil.rmtree(run)
+    _out.print(f"{out}: {chosen.scheme}, {done.weight_bytes():,} bytes of weights", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_plain_errors
+def evaluate(
+    model: Model,
+    text: Text = "python-docs",
+    text_path: TextPath = None,
+    length: Length = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Test windows, from all over the text; default: all.")] = None,
+    mode: Annotated[str, typer.Option(help="simulated, or runtime: what the kernels compute.")] = "simulated",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer lies, if not beside the model.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task of the lm-evaluation-harness, instead of perplexity.")] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task.")] = None,
+) -> None:
+    """Perplexity of MODEL, plain or quantised, or its scores in tasks."""
+    from . import evaluate as evaluation
+    from .attention import Mode
+    from .pipeline import QuantizedModel
+
+    names = {member.value: member for member in Mode}
+    if mode not in names:
+        raise ValueError(f"mode: expected {' or '.join(names)}, got {mode!r}")
+    chosen = names[mode]
+    loaded = _load(model, _dtype(dtype, model), _device(device))
+    words = _tokenizer(tokenizer or model)
+    if task:
+        _show(evaluation.lm_eval(loaded, task, words, tasks_folder, limit, mode=chosen))
+        return
+    network = loaded.model if isinstance(loaded, QuantizedModel) else loaded
+    ids = _windows(words, network, text, "test", text_path, length, windows)
+    value = evaluation.perplexity(loaded, ids, chosen)
+    count, size = ids.shape
+    _out.print(f"{model}: perplexity {value:.4f} ({mode}, {count} windows of {size} tokens of {text})", highlight=False)
+
+
+@app.command()
+@_plain_errors
+def compare(
+    model: Model = TINY,
+    recipe: Annotated[list[str] | None, typer.Option(help="A preset; may be given several times.")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper, or ladder: its ablation study.")] = None,
+    text: Text = "python-docs",
+    text_path: TextPath = None,
+    length: Length = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
+    test_windows: Annotated[int | None, typer.Option(min=1, help="Test windows; default: all.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    out: Annotated[Path | None, typer.Option(help="Write the table there, too (.csv).")] = None,
+) -> None:
+    """Quantise MODEL with several recipes and put their results side by side."""
+    if bool(recipe) == bool(preset):
+        raise ValueError("recipe: give --recipe, once or more, or --preset")
+    if out is not None and out.suffix != ".csv":
+        raise ValueError(f"out: expected a name that ends in .csv, got {out.name!r}")
+    from . import comparison
+
+    network = _load(model, _dtype(dtype, model), _device(device))
+    words = _tokenizer(model)
+    calibration = _windows(words, network, text, "calibration", text_path, length, windows)
+    test = _windows(words, network, text, "test", text_path, length, test_windows)
+    table = comparison.compare(recipe or str(preset), network, calibration, test)
+    if out is not None:
+        table.to_csv(out, index=False)
+    _show(table)
+
+
+@app.command()
+@_plain_errors
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    format: Annotated[Format, typer.Option(help="Whose engines are to read it.")] = Format.QSERVE,
+) -> None:
+    """Write a quantised checkpoint in the format of another engine."""
+    from . import formats
+
+    writers: dict[Format, Callable[..., None]] = {
+        Format.QSERVE: formats.export_qserve,
+        Format.COMPRESSED_TENSORS: formats.export_compressed_tensors,
+        Format.DEEPCOMPRESSOR: formats.export_deepcompressor,
+    }
+    tokenizer = _tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
+    writers[format](formats.load(folder), out, tokenizer=tokenizer)
+    _out.print(f"{out}: {format.value}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_plain_errors
+def inspect(folder: Folder) -> None:
+    """Say what a quantised checkpoint holds: recipe, formats, bytes, and the error of every layer."""
+    import pandas as pd
+
+    from . import formats
+
+    loaded = formats.load(folder)
+    rows = {
+        "model": type(loaded.model).__name__,
+        "recipe": loaded.recipe.name,
+        "formats": str(loaded.recipe.scheme),
+        "steps": ", ".join(step.name for step in loaded.recipe.steps) or "none",
+        "source": loaded.recipe.source,
+        "weight bytes": f"{loaded.weight_bytes():,}",
+        "KV bytes per token": f"{loaded.kv_bytes_per_token():,.0f}",
+    }
+    _show(pd.DataFrame({"": list(rows), "value": list(rows.values())}))
+    last = loaded.report.groupby("layer").tail(1)
+    if len(last):
+        _show(last[["layer", "stage", "weight_nmse", "output_sqnr_db"]])
+
+
+@app.command("recipes")
+@_plain_errors
+def list_recipes() -> None:
+    """List the presets."""
+    import pandas as pd
+
+    from . import recipes
+
+    known = [recipes.get(name) for name in recipes.names()]
+    _show(pd.DataFrame({"recipe": [r.name for r in known], "formats": [str(r.scheme) for r in known]}))
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------------
+
+
+def _folder(model: str) -> Path:
+    from . import bundled, offload
+
+    return bundled.model_folder() if model == TINY else offload.local_folder(model)
+
+
+def _device(name: str) -> str:
+    """The name of a device that is there."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return name
+
+
+def _dtype(name: str | None, model: str) -> torch.dtype | None:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is None:
+        return torch.float32 if model == TINY else None  # as load_tiny has it
+    if name not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _load(model: str, dtype: torch.dtype | None, device: str) -> Any:
+    """A plain model or a `QuantizedModel`, whatever the folder holds."""
+    from transformers import AutoModelForCausalLM
+
+    from . import bundled, formats, hf_quantizer
+    from .pipeline import QuantizedModel
+
+    if model != TINY and (Path(model) / formats.MANIFEST).is_file():
+        native = formats.load(model)
+        return QuantizedModel(native.model.to(device), native.recipe, native.report)
+    folder = _folder(model)
+    with bundled.quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    loaded = loaded.to(device)
+    config = getattr(loaded.config, "quantization_config", None)
+    return hf_quantizer.as_quantized(loaded) if isinstance(config, hf_quantizer.QoQConfig) else loaded
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = Path(model) if model != TINY and Path(model).is_dir() else _folder(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer: none found in {folder} ({str(error).splitlines()[0]})") from None
+
+
+def _windows(
+    tokenizer: Any, network: Any, text: str, split: str, path: Path | None, length: int | None, windows: int | None
+) -> torch.Tensor:
+    from . import bundled
+
+    if length is None:
+        length = TINY_LENGTH if network.config.name_or_path == str(bundled.model_folder()) else PAPER_LENGTH
+        length = min(length, int(network.config.max_position_embeddings))
+    ids = bundled.tokens(tokenizer, bundled.load_text(text, split, path), length)
+    return ids if windows is None else bundled.spread(ids, windows)
+
+
+def _bar(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    return lambda blocks: track(list(blocks), description, console=_err)
+
+
+def _show(table: pd.DataFrame) -> None:
+    """A DataFrame as a table on standard output."""
+    shown = Table(*map(str, table.columns))
+    for row in table.itertuples(index=False):
+        shown.add_row(*(f"{value:.5g}" if isinstance(value, float) else str(value) for value in row))
+    _out.print(shown)
+
+
+def main() -> None:
+    """Entry point of the command ``qoqlab``."""
+    app()

@@ -1,0 +1,160 @@
+"""Methods side by side on equal terms: the same pipeline, calibration text, test text and counting of bits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import recipes as presets
+from .architecture import describe
+from .capture import require_ids
+from .evaluate import logits_sqnr_db, perplexity
+from .pipeline import QuantizedModel, quantize
+from .recipes import Recipe
+from .runtime import Mode, QuantLinear
+
+#: Test windows on which logits are compared (a whole set of logits is large).
+SQNR_WINDOWS = 4
+#: Tokens of a window that RUNTIME evaluation takes as a prompt; the rest are decode steps on the quantised cache.
+PREFILL = 1
+
+COLUMNS = [
+    "model",
+    "method",
+    "format",
+    "text",
+    "perplexity",
+    "gap",
+    "runtime_perplexity",
+    "logits_sqnr_db",
+    "weight_bits",
+    "kv_bits",
+    "weight_mb",
+    "kv_bytes_per_token",
+    "seconds",
+]
+
+
+def resolve(methods: str | Iterable[str | Recipe]) -> list[Recipe]:
+    """Recipes from preset names, recipes, or the name of a suite: "paper" (every method of the paper's tables) or "ladder"
+    (its ablation study).
+
+    Raises ValueError for an empty list, a name that does not exist, or two recipes of one name.
+    """
+    if isinstance(methods, str):
+        chosen = presets.suite(methods)
+    else:
+        chosen = [presets.get(method) if isinstance(method, str) else method for method in methods]
+    names = [recipe.name for recipe in chosen]
+    if not chosen or len(set(names)) < len(names):
+        raise ValueError(f"recipes: expected one or more, each name once, got {', '.join(names) or 'none'}")
+    return chosen
+
+
+def weight_bits(quantized: QuantizedModel) -> float:
+    """Stored bits per weight of the quantised layers, scales, zeros and outliers included; 16 where none is quantised."""
+    layers = [m for m in quantized.model.modules() if isinstance(m, QuantLinear)]
+    values = sum(layer.in_features * layer.out_features for layer in layers)
+    stored = sum(layer.storage_bytes() - (0 if layer.bias is None else layer.bias.nbytes) for layer in layers)
+    return 8 * stored / values if values else 16.0
+
+
+@dataclass
+class Bench:
+    """An unquantised model with the texts on which methods are measured: tokens [n, length] by name, and what the model
+    itself makes of them."""
+
+    model: nn.Module
+    calibration: torch.Tensor
+    tests: dict[str, torch.Tensor]
+    perplexities: dict[str, float] = field(init=False)
+    logits: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.perplexities = {text: perplexity(self.model, ids) for text, ids in self.tests.items()}
+        with torch.no_grad():
+            self.logits = {
+                text: self.model(ids[:SQNR_WINDOWS].to(next(self.model.parameters()).device), use_cache=False).logits.float()
+                for text, ids in self.tests.items()
+            }
+
+
+def measure(
+    recipe: Recipe, bench: Bench, runtime: bool = True, report: bool = False
+) -> tuple[list[dict[str, Any]], QuantizedModel]:
+    """Quantise a model by one recipe and measure it on every text: rows with all `COLUMNS` but "model", and the quantised
+    model with its report, if asked for."""
+    start = time.perf_counter()
+    data = bench.calibration if recipe.steps else None
+    quantized = quantize(bench.model, recipe, data, progress=False, report=report)
+    seconds = time.perf_counter() - start
+    facts = {
+        "method": recipe.name,
+        "format": str(recipe.scheme),
+        "weight_bits": weight_bits(quantized),
+        "kv_bits": recipe.scheme.kv_bits_per_value(describe(quantized.model).blocks[0].head_dim),
+        "weight_mb": quantized.weight_bytes() / 1e6,
+        "kv_bytes_per_token": quantized.kv_bytes_per_token(),
+        "seconds": seconds,
+    }
+    rows = []
+    for text, ids in bench.tests.items():
+        value = perplexity(quantized, ids)
+        row = facts | {
+            "text": text,
+            "perplexity": value,
+            "gap": value - bench.perplexities[text],
+            "runtime_perplexity": perplexity(quantized, ids, Mode.RUNTIME, PREFILL) if runtime else float("nan"),
+            "logits_sqnr_db": logits_sqnr_db(bench.logits[text], quantized, ids[:SQNR_WINDOWS]),
+        }
+        rows.append(row)
+    return rows, quantized
+
+
+def compare(
+    recipes: str | Iterable[str | Recipe],
+    model: nn.Module | Mapping[str, nn.Module],
+    calibration: torch.Tensor,
+    test: torch.Tensor | Mapping[str, torch.Tensor],
+    runtime: bool = True,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Quantise models by several methods and measure them all alike.
+
+    ``recipes``: preset names or `Recipe` objects, or a suite: "paper" (every method of the paper's tables), "ladder" (its
+    ablation). ``model``: a causal language model, or several by name. ``calibration``, ``test``: int64 tokens [n, length];
+    ``test`` may be several texts by name. ``runtime=False`` leaves out the second evaluation mode, which takes longer.
+
+    Returns one row per model, method and text: ``perplexity`` (everything rounded, as papers report) and its ``gap`` to the
+    unquantised model, ``runtime_perplexity`` (what kernels compute), ``logits_sqnr_db``, ``weight_bits`` and ``kv_bits`` per
+    stored value with scales and zeros, ``weight_mb`` of the whole model, ``kv_bytes_per_token``, ``seconds`` to quantise.
+    `qoqlab.viz.comparison` draws it.
+
+    Raises ValueError or TypeError for unknown recipes, no recipes, or tokens outside the vocabulary.
+    """
+    chosen = resolve(recipes)
+    models = dict(model) if isinstance(model, Mapping) else {"model": model}
+    tests = dict(test) if isinstance(test, Mapping) else {"test": test}
+    if not models or not tests:
+        raise ValueError("model, test: expected at least one of each")
+    for network in models.values():
+        vocabulary = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        require_ids("calibration", calibration, vocabulary)
+        for text, ids in tests.items():
+            require_ids(f"test {text!r}", ids, vocabulary)
+    rows = []
+    with tqdm(total=len(models) * len(chosen), disable=not progress) as bar:
+        for name, network in models.items():
+            bench = Bench(network, calibration, tests)
+            for recipe in chosen:
+                bar.set_description(f"{name}: {recipe.name}"[:40].ljust(40))
+                rows += [{"model": name, **row} for row in measure(recipe, bench, runtime)[0]]
+                bar.update()
+    return pd.DataFrame(rows)[COLUMNS]

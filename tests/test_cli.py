@@ -1,0 +1,207 @@
+"""The command line: what it does, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import qoqlab
+from qoqlab import cli, comparison, formats
+
+from .families import cast_parameters, wide
+
+
+def invoke(*arguments: object):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [str(a) for a in arguments])
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per ASCII character."""
+    core = Tokenizer(models.BPE(vocab={chr(i): i for i in range(128)}, merges=[]))
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model``, a ``text.txt`` and the checkpoint ``quantised`` of them."""
+    folder = tmp_path_factory.mktemp("cli")
+    cast_parameters(wide("llama", num_hidden_layers=3), torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("".join(chr(32 + i * i % 90) for i in range(2000)))
+    result = invoke("quantize", folder / "model", *OPTIONS, "--text", folder / "text.txt", "--out", folder / "quantised")
+    assert (result.exit_code, result.exception) == (0, None), result.output
+    return folder
+
+
+OPTIONS = ("--recipe", "qoq-g128", "--length", 24, "--windows", 3)
+
+
+def windows(place: Path, length: int = 24) -> torch.Tensor:
+    return qoqlab.tokens(AutoTokenizer.from_pretrained(place / "model"), (place / "text.txt").read_text(), length)
+
+
+# --- what it does ---------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_is_the_librarys(place: Path) -> None:
+    written = qoqlab.load(place / "quantised")
+    plain = AutoModelForCausalLM.from_pretrained(place / "model")
+    expected = qoqlab.quantize(plain, "qoq-g128", qoqlab.bundled.spread(windows(place), 3), progress=False)
+    ours, theirs = written.model.state_dict(), expected.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert len(written.report) == 18 and not (place / ".quantised.run").exists()
+    assert AutoTokenizer.from_pretrained(place / "quantised")("abc")["input_ids"] == [97, 98, 99]
+
+
+@pytest.mark.parametrize("mode", ["simulated", "runtime"])
+def test_evaluate_prints_the_perplexity(mode: str, place: Path) -> None:
+    result = invoke("evaluate", place / "quantised", "--text", place / "text.txt", "--length", 24, "--mode", mode)
+    assert result.exit_code == 0, result.output
+    loaded = qoqlab.load(place / "quantised")
+    value = qoqlab.perplexity(loaded, windows(place), qoqlab.Mode(mode))
+    assert f"perplexity {value:.4f} ({mode}, 83 windows of 24 tokens" in " ".join(result.output.split())
+
+
+def test_evaluate_takes_plain_models_and_checkpoints_of_transformers(place: Path, tmp_path: Path) -> None:
+    qoqlab.hf_quantizer.save_pretrained(qoqlab.load(place / "quantised"), tmp_path)
+    options = ("--text", place / "text.txt", "--length", 24, "--windows", 2)
+    lines = {}
+    for name, folder in (("plain", place / "model"), ("native", place / "quantised"), ("transformers", tmp_path)):
+        result = invoke("evaluate", folder, *options, "--tokenizer", place / "model")
+        assert result.exit_code == 0, result.output
+        lines[name] = " ".join(result.output.split()).partition("perplexity ")[2]
+    assert lines["native"] == lines["transformers"] != lines["plain"]
+
+
+def test_inspect_says_what_there_is(place: Path) -> None:
+    result = invoke("inspect", place / "quantised")
+    loaded = qoqlab.load(place / "quantised")
+    assert result.exit_code == 0
+    for text in ("qoq-g128", "W4A8KV4 g128", "rotate, reorder", f"{loaded.weight_bytes():,}", "output_sqnr_db", "clip"):
+        assert text in result.output
+
+
+def test_recipes_lists_the_presets() -> None:
+    result = invoke("recipes")
+    assert result.exit_code == 0 and all(name in result.output for name in qoqlab.recipes.names())
+
+
+def test_export_writes_what_the_library_writes(place: Path, tmp_path: Path) -> None:
+    result = invoke("export", place / "quantised", "--format", "qserve", "--out", tmp_path / "ours")
+    assert result.exit_code == 0, result.output
+    formats.export_qserve(qoqlab.load(place / "quantised"), tmp_path / "theirs")
+    for path in (tmp_path / "theirs").glob("*.safetensors"):
+        assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
+
+
+def test_compare_is_the_librarys(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ("--text", place / "text.txt", "--length", 24, "--windows", 3, "--test-windows", 2)
+    names = ["fp16", "rtn-w8a8"]
+    result = invoke(
+        "compare", place / "model", *(o for n in names for o in ("--recipe", n)), *text, "--out", tmp_path / "t.csv"
+    )
+    assert result.exit_code == 0, result.output
+    ids = windows(place)
+    calibration, test = qoqlab.bundled.spread(ids, 3), qoqlab.bundled.spread(ids, 2)
+    plain = AutoModelForCausalLM.from_pretrained(place / "model")
+    expected = comparison.compare(names, plain, calibration, test, progress=False)
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table.method.tolist() == names
+    assert table.perplexity.tolist() == pytest.approx(expected.perplexity.tolist(), rel=1e-12)
+
+    calls = []
+
+    def compare(recipes, model, calibration, test):
+        calls.append((recipes, type(model).__name__, tuple(calibration.shape), tuple(test.shape)))
+        return pd.DataFrame({"method": ["a"], "perplexity": [1.23456789]})
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    result = invoke("compare", place / "model", "--preset", "paper", *text)
+    assert result.exit_code == 0 and "1.2346" in result.output
+    assert calls == [("paper", "LlamaForCausalLM", (3, 24), (2, 24))]
+
+
+def test_tiny_is_the_bundled_model(tmp_path: Path) -> None:
+    result = invoke("evaluate", "tiny", "--windows", 1)
+    model, words = qoqlab.load_tiny()
+    ids = qoqlab.tokens(words, qoqlab.load_text("python-docs", "test"), 512)[:1]
+    assert f"perplexity {qoqlab.perplexity(model, ids):.4f} (simulated, 1 windows of 512 tokens" in result.output
+
+
+# --- kill and continue ----------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_quantize_continues(place: Path, tmp_path: Path) -> None:
+    out, run = tmp_path / "out", tmp_path / ".out.run"
+    shutil.copytree(place / "model", tmp_path / "model")
+    arguments = ["quantize", tmp_path / "model", *OPTIONS, "--text", place / "text.txt", "--out", out]
+    command = [sys.executable, "-c", "from qoqlab.cli import main; main()", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (run / "block-00000.safetensors").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    finished = len(list(run.glob("block-*")))
+    assert 1 <= finished < 3
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert f"Continuing after {finished} finished blocks." in again.stderr
+    ours, theirs = qoqlab.load(out).model.state_dict(), qoqlab.load(place / "quantised").model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert not run.exists()
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "no/such", "--out", "x"], "'no/such' is neither a folder with a config.json nor a repository"),
+        (["quantize", "tiny", "--out", "x", "--recipe", "best"], "Error: recipe: 'best' is not a preset; presets: fp16"),
+        (["quantize", "tiny", "--out", "x", "--text", "gone.txt"], "Error: name: 'gone.txt' is not a text"),
+        (["quantize", "tiny", "--out", "x", "--dtype", "int8"], "dtype: expected one of float32, bfloat16, float16"),
+        (["quantize", "tiny", "--out", "x", "--device", "gpu"], "Error: device: 'gpu' cannot be used"),
+        (["evaluate", "tiny", "--mode", "fast"], "Error: mode: expected simulated or runtime, got 'fast'"),
+        (["evaluate", "tiny", "--length", "1"], "Error: length: expected an integer of at least 2, got 1"),
+        (["evaluate", "tiny", "--windows", "1", "--mode", "runtime"], "Error: mode: RUNTIME needs a QuantizedModel"),
+        (["evaluate", "tiny", "--text-path", "x"], "Error: path: goes with 'wikitext-2', got name 'python-docs'"),
+        (["inspect", "no/such"], "no/such/qoqlab.json: no such file"),
+        (["export", "no/such", "--out", "x"], "no/such/qoqlab.json: no such file"),
+        (["compare", "tiny"], "Error: recipe: give --recipe, once or more, or --preset"),
+        (["compare", "tiny", "--preset", "paper", "--out", "t.txt"], "out: expected a name that ends in .csv"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["quantise"], ["quantize"], ["export", "x", "--out", "y", "--format", "gguf"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert invoke(*arguments).exit_code == 2
+
+
+def test_help_names_every_command() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in ("quantize", "evaluate", "compare", "export", "inspect", "recipes"))

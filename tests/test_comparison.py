@@ -1,0 +1,120 @@
+"""Methods side by side: every number of the table against its own definition."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+import qoqlab
+from qoqlab import comparison, recipes, viz
+from qoqlab.grids import INT8
+from qoqlab.recipes import Recipe
+from qoqlab.schemes import Scheme, WeightFormat, WeightKind
+
+from .families import random_ids, wide
+
+METHODS = ["fp16", "rtn-w8a8", "rtn-w4a8kv4-g128", "qoq-g128"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return wide("llama")
+
+
+@pytest.fixture(scope="module")
+def table(model) -> pd.DataFrame:
+    tests = {"one": random_ids(3, 24, seed=5), "two": random_ids(2, 16, seed=6)}
+    return qoqlab.compare(METHODS, {"a": model, "b": model}, random_ids(4, 24), tests, progress=False)
+
+
+def test_one_row_per_model_method_and_text(table) -> None:
+    assert list(table.columns) == comparison.COLUMNS
+    assert len(table) == len(table.drop_duplicates(["model", "method", "text"])) == 2 * len(METHODS) * 2
+    assert list(dict.fromkeys(table["method"])) == METHODS
+    assert not table.drop(columns=["model", "method", "format", "text"]).isna().any().any()
+
+
+def test_the_same_model_gives_the_same_numbers(table) -> None:
+    a, b = (table[table["model"] == name].drop(columns=["model", "seconds"]).reset_index(drop=True) for name in "ab")
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_perplexities_are_those_of_the_quantised_model(table, model) -> None:
+    ids, calibration = random_ids(3, 24, seed=5), random_ids(4, 24)
+    quantized = qoqlab.quantize(model, "qoq-g128", calibration, progress=False)
+    row = table[(table["model"] == "a") & (table["method"] == "qoq-g128") & (table["text"] == "one")].iloc[0]
+    assert row["perplexity"] == qoqlab.perplexity(quantized, ids)
+    assert row["gap"] == row["perplexity"] - qoqlab.perplexity(model, ids)
+    assert row["runtime_perplexity"] == qoqlab.perplexity(quantized, ids, qoqlab.Mode.RUNTIME)
+    assert row["weight_mb"] == quantized.weight_bytes() / 1e6
+    assert row["kv_bytes_per_token"] == quantized.kv_bytes_per_token()
+
+
+def test_the_unquantised_model_loses_nothing(table) -> None:
+    exact = table[table["method"] == "fp16"]
+    assert (exact["gap"] == 0).all() and (exact["weight_bits"] == 16).all() and (exact["kv_bits"] == 16).all()
+    assert exact["logits_sqnr_db"].map(math.isinf).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"),
+    [
+        # scales and zeros over a row of 512 or 1024 inputs; see WeightFormat.bits_per_weight
+        (WeightFormat(WeightKind.PROGRESSIVE_U4), lambda k: 4 + 16 / 128 + 16 / k),
+        (WeightFormat(WeightKind.CHANNEL_U4), lambda k: 4 + 24 / k),
+        (WeightFormat(WeightKind.CHANNEL_S8), lambda k: 8 + 16 / k),
+    ],
+)
+def test_bits_count_scales_and_zeros(form, bits, model) -> None:
+    """The average over layers of what the format's own formula says."""
+    quantized = qoqlab.quantize(model, Recipe("r", Scheme(form, INT8)), progress=False)
+    shapes = [
+        m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name
+    ]
+    expected = sum(n * k * bits(k) for n, k in shapes) / sum(n * k for n, k in shapes)
+    assert comparison.weight_bits(quantized) == pytest.approx(expected, rel=1e-12)
+
+
+def test_suites() -> None:
+    assert [r.name for r in comparison.resolve("paper")] == list(recipes.PAPER)
+    assert comparison.resolve("ladder") == recipes.ladder()
+    own = Recipe("mine", Scheme())
+    assert comparison.resolve(["fp16", own]) == [recipes.get("fp16"), own]
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("qoq-g128", "recipes: 'qoq-g128' is not a suite"),
+        ([], "recipes: expected one or more"),
+        (["fp16", "fp16"], "recipes: expected one or more, each name once, got fp16, fp16"),
+        (["nonsense"], "recipe: 'nonsense' is not a preset"),
+    ],
+)
+def test_wrong_methods(methods, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        comparison.resolve(methods)
+
+
+def test_wrong_tokens_and_empty_mappings(model) -> None:
+    ids = random_ids(2, 16)
+    with pytest.raises(ValueError, match="test 'x'"):
+        qoqlab.compare(["fp16"], model, ids, {"x": ids + 10**6}, progress=False)
+    with pytest.raises(ValueError, match="calibration"):
+        qoqlab.compare(["fp16"], model, ids + 10**6, ids, progress=False)
+    with pytest.raises(ValueError, match="at least one of each"):
+        qoqlab.compare(["fp16"], model, ids, {}, progress=False)
+
+
+def test_without_runtime(model) -> None:
+    table = qoqlab.compare(["rtn-w4a8"], model, random_ids(2, 16), random_ids(2, 16), runtime=False, progress=False)
+    assert table["runtime_perplexity"].isna().all() and table["perplexity"].notna().all()
+
+
+def test_figure(table) -> None:
+    figure = viz.comparison(table)
+    shown = {name for trace in figure.data for name in trace.y}
+    assert shown == set(METHODS) and len({t.xaxis for t in figure.data}) == 4

@@ -1,0 +1,236 @@
+"""QoQ as a quantisation method of transformers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import qoqlab
+from qoqlab import Mode, QoQConfig, hf_quantizer, perplexity, quantize
+from qoqlab.bundled import model_folder
+from qoqlab.grids import INT8, UINT4
+from qoqlab.hf import KV4Cache
+from qoqlab.hf_quantizer import as_quantized
+from qoqlab.recipes import PROGRESSIVE, Recipe, Step
+from qoqlab.runtime import QuantLinear
+from qoqlab.schemes import Scheme
+from qoqlab.steps import rotate
+
+from .families import FAMILIES, cast_parameters, logits, random_ids, wide
+from .quick import QUICK, without_clipping
+
+IDS = random_ids(4, 24)
+CHANNEL = without_clipping("qoq-per-channel")
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+def load(path: Path, config: QoQConfig | None = None, **options: object) -> torch.nn.Module:
+    if config is not None:  # transformers takes None for "not quantised", whatever config.json says
+        options["quantization_config"] = config
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def require_same_tensors(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [n for n in ours if ours[n].dtype != theirs[n].dtype or not torch.equal(ours[n], theirs[n])] == []
+
+
+# --- quantise on load, save, load -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_equals_quantize_and_round_trips(family: str, tied: bool, tmp_path: Path) -> None:
+    wide(family, tied=tied).save_pretrained(tmp_path / "plain")
+    model = load(tmp_path / "plain", QoQConfig(QUICK, calibration=IDS))
+    expected = quantize(load(tmp_path / "plain"), QUICK, IDS, progress=False)
+    require_same_tensors(model, expected.model)
+    before = logits(model, IDS)
+    assert torch.equal(before, logits(expected.model, IDS))
+
+    model.save_pretrained(tmp_path / "quantised")
+    again = load(tmp_path / "quantised")
+    require_same_tensors(again, model)
+    assert torch.equal(logits(again, IDS), before)
+    assert sum(isinstance(m, QuantLinear) for m in again.modules()) == 14
+    assert not any(p.requires_grad for p in again.parameters())
+    sizes = [sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in ("plain", "quantised")]
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("preset", qoqlab.recipes.names())
+def test_every_preset_round_trips(preset: str, quantized, tmp_path: Path) -> None:
+    result = quantized("qwen2", preset)
+    hf_quantizer.save_pretrained(result, tmp_path)
+    assert not hasattr(result.model.config, "quantization_config")
+    again = load(tmp_path)
+    require_same_tensors(again, result.model)
+    assert torch.equal(logits(again, IDS), logits(result.model, IDS))
+    loaded = as_quantized(again)
+    assert perplexity(loaded, IDS, Mode.RUNTIME) == perplexity(result, IDS, Mode.RUNTIME)
+    assert loaded.recipe == result.recipe
+
+
+def test_half_precision_round_trips(tmp_path: Path) -> None:
+    cast_parameters(wide("qwen2"), torch.bfloat16).save_pretrained(tmp_path / "plain")
+    model = load(tmp_path / "plain", QoQConfig(QUICK, calibration=IDS))
+    model.save_pretrained(tmp_path / "quantised")
+    again = load(tmp_path / "quantised")
+    assert again.dtype == torch.bfloat16
+    require_same_tensors(again, model)
+    assert torch.equal(logits(again, IDS), logits(model, IDS))
+
+
+def test_a_quantised_folder_can_be_saved_again(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path / "0")
+    load(tmp_path / "0", QoQConfig("rtn-w4a8kv4-g128")).save_pretrained(tmp_path / "1")
+    load(tmp_path / "1").save_pretrained(tmp_path / "2")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_data_free_recipes_need_no_calibration(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path)
+    recipe = Recipe("rotated", Scheme(PROGRESSIVE, INT8, UINT4), (Step(rotate),), "test")
+    model = load(tmp_path, QoQConfig(recipe))
+    require_same_tensors(model, quantize(load(tmp_path), recipe, progress=False).model)
+
+
+def test_calibration_from_a_text_file(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(qoqlab.load_text("python-docs", "calibration")[:20000])
+    model = load(model_folder(), QoQConfig(CHANNEL, text=text, length=64, windows=4), dtype=torch.float32)
+    plain, tokenizer = qoqlab.load_tiny()
+    windows = qoqlab.tokens(tokenizer, text.read_text(), 64)
+    chosen = windows[:: len(windows) // 4][:4]
+    assert len(windows) > 8  # spread over the text, not its beginning
+    require_same_tensors(model, quantize(plain, CHANNEL, chosen, progress=False).model)
+
+
+def test_the_native_checkpoint_takes_it_too(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path / "plain")
+    result = as_quantized(load(tmp_path / "plain", QoQConfig(QUICK, calibration=IDS)))
+    assert result.report.layer.tolist() == [0] * 5 + [1] * 5
+    qoqlab.save(result, tmp_path / "native")
+    again = qoqlab.load(tmp_path / "native")
+    require_same_tensors(again.model, result.model)
+    assert again.recipe == result.recipe
+
+
+def test_device_map_with_disk_offload(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    wide("llama").save_pretrained(tmp_path / "plain")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "disk", "model.layers.1": "disk"}
+    config = QoQConfig(QUICK, calibration=IDS)
+    model = load(tmp_path / "plain", config, device_map=places, offload_folder=tmp_path / "offload")
+    require_same_tensors(model, load(tmp_path / "plain", config))
+
+
+# --- generation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_with_the_cache(family: str, tmp_path: Path) -> None:
+    wide(family).save_pretrained(tmp_path / "plain")
+    load(tmp_path / "plain", QoQConfig(QUICK, calibration=IDS)).save_pretrained(tmp_path / "quantised")
+    model = load(tmp_path / "quantised")
+    prompt = IDS[:2, :5]
+    cache = KV4Cache()
+    out = model.generate(prompt, past_key_values=cache, **GREEDY)
+    assert out.shape == (2, 11) and cache.get_seq_length() == 10
+    steps = KV4Cache()
+    with torch.no_grad():
+        first = model(prompt, past_key_values=steps).logits[:, -1].argmax(-1)
+        second = model(first[:, None], past_key_values=steps).logits[:, -1].argmax(-1)
+    assert torch.equal(out[:, 5:7], torch.stack([first, second], 1))
+    in_integers = qoqlab.generate(as_quantized(model), prompt, **GREEDY)
+    assert torch.equal(in_integers, qoqlab.generate(quantize(load(tmp_path / "plain"), QUICK, IDS), prompt, **GREEDY))
+
+
+# --- what is written ------------------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_holds_the_recipe_and_no_data(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path / "plain")
+    load(tmp_path / "plain", QoQConfig(QUICK, calibration=IDS)).save_pretrained(tmp_path / "quantised")
+    written = json.loads((tmp_path / "quantised" / "config.json").read_text())["quantization_config"]
+    assert written.keys() == {"quant_method", "schema", "recipe"}
+    assert (written["quant_method"], written["schema"], written["recipe"]["name"]) == ("qoq", 1, QUICK.name)
+    assert QoQConfig(**written).to_dict() == written
+    assert json.loads(QoQConfig().to_json_string()) == QoQConfig().to_dict()
+
+
+def test_importing_the_package_leaves_transformers_alone() -> None:
+    code = (
+        "import sys, qoqlab\n"
+        "assert 'transformers' not in sys.modules\n"
+        "qoqlab.QoQConfig\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
+        "print('qoq' in known)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout.strip() == "True"
+
+
+def test_the_module_can_be_imported_again() -> None:
+    try:
+        importlib.reload(hf_quantizer)
+    finally:
+        for name in ("QoQConfig", "as_quantized"):  # this file's names belong to the first import
+            globals()[name] = getattr(hf_quantizer, name)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"recipe": "qoq"}, ValueError, "recipe: 'qoq' is not a preset"),
+        ({"recipe": 3}, TypeError, "recipe: expected a preset's name or a Recipe, got int"),
+        ({"recipe": {"name": "x"}}, ValueError, "recipe: not one that this version knows"),
+        ({"calibration": [1]}, TypeError, "calibration: expected int64 tokens"),
+        ({"calibration": IDS, "text": "a.txt"}, ValueError, "calibration: give tokens or text, not both"),
+        ({"windows": 0}, ValueError, "windows: expected a positive integer, got 0"),
+        ({"schema": 2}, ValueError, "got 'qoq' of schema 2"),
+        ({"quant_method": "awq"}, ValueError, "got 'awq' of schema 1"),
+    ],
+)
+def test_bad_configurations_are_named(arguments: dict, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        QoQConfig(**arguments)
+
+
+def test_missing_calibration_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="calibration: recipe 'qoq-g128' looks at activations"):
+        load(tmp_path, QoQConfig("qoq-g128"))
+
+
+def test_text_without_a_tokenizer_or_file(tmp_path: Path) -> None:
+    wide("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load(tmp_path, QoQConfig("qoq-g128", text=__file__, length=16))
+    with pytest.raises(ValueError, match=r"name: 'no/such/file\.txt' is not a text"):
+        load(model_folder(), QoQConfig("qoq-g128", text="no/such/file.txt"))
+
+
+def test_unsupported_models_are_named(tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="model: GPT2LMHeadModel is not a supported architecture"):
+        load(tmp_path, QoQConfig("rtn-w8a8"))
+
+
+def test_only_its_own_models_are_quantised_ones() -> None:
+    with pytest.raises(TypeError, match="model: LlamaForCausalLM was not loaded with a QoQConfig"):
+        as_quantized(wide("llama"))
