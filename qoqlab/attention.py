@@ -152,6 +152,7 @@ def _cache_attention(
     q = query.float() * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = torch.where(exact_keys, q @ exact_k.transpose(-1, -2), q @ cached_k.transpose(-1, -2))
     scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
-    weights = scores.softmax(-1)
+    nothing = scores.isneginf().all(-1, keepdim=True)  # padding that may look at nobody
+    weights = scores.softmax(-1).masked_fill(nothing, 0)
     out = weights.masked_fill(~exact, 0) @ exact_v + weights.masked_fill(exact, 0) @ cached_v
     return out.transpose(1, 2).to(query.dtype)

@@ -129,6 +129,8 @@ def import_deepcompressor(folder: str | os.PathLike[str], config: str | os.PathL
     to `qserve_format.export_qserve`: scales then lie in the order that kernels read, unlike those of deepcompressor's own
     converter.
 
+    The files do not name the cache's format: 4 bits are assumed beside 4-bit weights, none beside INT8 weights.
+
     Raises `CheckpointError` (a ValueError) naming the file or the weight, also where weights are no multiples of their
     scales.
     """
@@ -138,7 +140,7 @@ def import_deepcompressor(folder: str | os.PathLike[str], config: str | os.PathL
     scales = load_tensors(path / "scale.pt")
     try:
         form, offset = _find_format(state, scales), _find_offset(scales)
-        scheme = Scheme(form, INT8, UINT4)
+        scheme = Scheme(form, INT8, None if form.kind is WeightKind.CHANNEL_S8 else UINT4)
         model = model_of_config(settings, state, path)
     except Exception as error:  # a stranger's configuration can make transformers raise anything
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error

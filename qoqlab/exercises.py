@@ -6,11 +6,17 @@ NotImplementedError through, and raises AssertionError otherwise. Nothing is swa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from . import affine, progressive
+from . import affine, hadamard, kv, outliers, progressive, recipes, transforms
+from .evaluate import logits_sqnr_db
+from .grids import INT4, UINT4
+from .pipeline import quantize
+from .schemes import Scheme
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -133,3 +139,151 @@ def check_pack_u4(pack: Callable[[torch.Tensor], torch.Tensor]) -> None:
     assert first == 0x10, f"code 0 in the low nibble, code 1 in the high one: byte 0 is 0x10, got {first:#04x}"
     assert got.tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], f"got {[f'{b:#04x}' for b in got.tolist()]}"
     print("check_pack_u4: passed")
+
+
+def check_bits_per_weight(bits_per_weight: Callable[[int, int, int, int], float]) -> None:
+    """``bits_per_weight(columns, group_size, group_bits, row_bits)`` -> bits that a row of 4-bit weights stores per weight.
+
+    A row has ``columns`` weights. Every group of ``group_size`` stores ``group_bits`` bits of scale and zero, and every row
+    ``row_bits`` more.
+    """
+    got = bits_per_weight(512, 128, 0, 0)
+    assert got == 4, f"no scales, no zeros: the codes alone are 4 bits a weight, got {got:g}"
+    got = bits_per_weight(512, 128, 16, 0)
+    assert got != 20, "that gives every weight a scale of its own; a group of 128 weights shares one"
+    assert got != 4 + 16 / 512, "that counts one group; a row of 512 has 512 / 128 = 4 of them"
+    assert got == 4.125, f"4 groups with 16 bits each are 64 bits, a 512th of them per weight 0.125: 4.125, got {got:g}"
+    got = bits_per_weight(512, 128, 16, 16)
+    assert got != 4.125, "the row's own 16 bits (QoQ: the fp16 scale of the first level) are missing"
+    assert got != 4.25, "the row's 16 bits are stored once for all of its columns, not once per group"
+    assert got == 4.15625, f"64 bits of groups and 16 of the row over 512 weights: 4.15625, got {got:g}"
+    formats = {
+        recipes.PROGRESSIVE: (128, 8 + 8, 16),
+        recipes.GROUPS: (128, 16 + 8, 0),
+        recipes.PER_CHANNEL: (4096, 16 + 8, 0),
+    }
+    for form, (group_size, group_bits, row_bits) in formats.items():
+        want, got = form.bits_per_weight(4096), bits_per_weight(4096, group_size, group_bits, row_bits)
+        name = form.kind.name
+        assert abs(got - want) < 1e-9, f"{name}, a row of 4096: the library stores {want:.4f} bits a weight, yours {got:.4f}"
+    print("check_bits_per_weight: passed")
+
+
+#: What there is against loud key channels, and what to say of each.
+_KEY_REMEDIES = {
+    "token": "one scale per token and head: the loud channels set the ticks of all the others",
+    "rotated": "a Hadamard matrix spreads the loud channels over all: better, but every channel is a little loud then",
+    "smoothed": "the loud pairs are divided by lambda and the queries multiplied by it: nobody else pays",
+    "channel": "a scale per channel and window of tokens: a loud channel pays for itself alone",
+}
+
+
+def check_key_ranking(ranking: Callable[[], list[str]]) -> None:
+    """``ranking()`` -> "token", "rotated", "smoothed", "channel" in the order of their error, the smallest first.
+
+    The check measures: 128 keys of one head, two loud RoPE pairs, 4 bits, and the error of the attention scores.
+    """
+    got = ranking()
+    assert isinstance(got, list) and sorted(map(str, got)) == sorted(_KEY_REMEDIES), (
+        f"rank all of {', '.join(_KEY_REMEDIES)}, each once; got {got!r}"
+    )
+    errors = _key_errors()
+    for better, worse in itertools.pairwise(got):
+        assert errors[better] < errors[worse], (
+            f"{better} before {worse}? Measured, {better} has {errors[better] / errors[worse]:.1f} times its error. "
+            f"{better}: {_KEY_REMEDIES[better]}. {worse}: {_KEY_REMEDIES[worse]}."
+        )
+    print("check_key_ranking: passed")
+
+
+def _key_errors(tokens: int = 128, width: int = 64, loud: float = 20.0) -> dict[str, float]:
+    """Mean squared error of attention scores by remedy, for random queries and keys with two loud RoPE pairs."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(1, tokens, width, generator=generator) for _ in range(2))
+    offset = torch.zeros(width)
+    offset[[5, 5 + width // 2]], offset[[17, 17 + width // 2]] = loud, -loud
+    keys = keys + offset * (1 + 0.2 * torch.randn(1, tokens, width, generator=generator))
+    turn = hadamard.hadamard(width, torch.float32)
+    scale = transforms.attention_scale(keys.abs().amax((0, 1)), alpha=0.5)
+    windows = kv.KVFormat(UINT4, kv.Keys.CHANNEL).quantize_windows(keys)
+    rounded = {
+        "token": (queries, kv.quantize_kv4(keys).dequantize()),
+        "rotated": (queries @ turn, kv.quantize_kv4(keys @ turn).dequantize()),
+        "smoothed": (queries * scale, kv.quantize_kv4(keys / scale).dequantize()),
+        "channel": (queries, kv.dequantize_windows(windows, torch.float32)),
+    }
+    exact = queries @ keys.mT
+    return {name: float((q @ k.mT - exact).square().mean()) for name, (q, k) in rounded.items()}
+
+
+def check_frontier(frontier: Callable[[list[float], list[float]], list[int]]) -> None:
+    """``frontier(bits, loss)`` -> indices of the methods worth having, by rising bits.
+
+    A method is not worth having if another one has at most its bits and at most its loss, and less of one of them.
+    """
+    got = list(frontier([4.0, 8.0, 16.0], [1.0, 0.1, 0.0]))
+    assert got == [0, 1, 2], f"each loses less for more bits, so all three are worth having, got {got}"
+    got = list(frontier([4.0, 8.0, 4.0], [1.0, 0.1, 3.0]))
+    assert 2 not in got, "method 2 has the bits of method 0 and three times its loss: nobody wants it"
+    assert 1 in got, "method 1 loses least of all, however many bits it takes"
+    assert got == [0, 1], f"methods 0 and 1 are left, got {got}"
+    got = list(frontier([4.0, 4.2, 8.0], [1.0, 2.0, 0.5]))
+    assert 1 not in got, "method 1 takes more bits than method 0 and loses more; compare with all, not only with equal bits"
+    got = list(frontier([16.0, 4.0, 8.0], [0.0, 1.0, 0.2]))
+    assert sorted(got) == [0, 1, 2], f"the order in which methods are listed must not matter, got {got}"
+    assert got == [1, 2, 0], f"list them by rising bits, 4 then 8 then 16: [1, 2, 0], got {got}"
+    got = list(frontier([4.0, 4.0], [1.0, 1.0]))
+    assert got == [0, 1], f"of two that are exactly alike neither is better, so keep both, got {got}"
+    print("check_frontier: passed")
+
+
+def check_recipe(recipe: Callable[[], recipes.Recipe]) -> None:
+    """``recipe()`` -> a `Recipe` in QoQ's format, W4A8KV4 in progressive groups, that copes with loud activations and keys.
+
+    The check runs it on a tiny random network with planted outliers, one kind at a time.
+    """
+    got = recipe()
+    assert isinstance(got, recipes.Recipe), f"expected a qoqlab.recipes.Recipe, got {type(got).__name__}"
+    assert got.scheme == recipes.get("qoq-g128").scheme, (
+        f"the format must be that of qoq-g128, {recipes.get('qoq-g128').scheme} in progressive groups, got {got.scheme}"
+    )
+    assert got.steps, "a recipe without steps is round to nearest; add Step(function, parameters)"
+    # one kind of outlier and one kind of rounding at a time, at the bits where it hurts
+    gain = _gain_db(got, Scheme(recipes.PER_CHANNEL_INT8, INT4), activation_ratio=30.0)
+    assert gain > 3, (
+        f"loud activation channels: your steps gain {gain:.1f} dB over rounding to nearest, and more than 3 is possible. "
+        "Which stage spreads a loud channel evenly over all others?"
+    )
+    gain = _gain_db(got, Scheme(kv=UINT4), key_ratio=30.0)
+    assert gain > 3, (
+        f"loud key channels: your steps gain {gain:.1f} dB over rounding to nearest, and more than 3 is possible. "
+        "Rotation stops at RoPE; which stage divides keys and multiplies queries?"
+    )
+    print("check_recipe: passed")
+
+
+def _gain_db(recipe: recipes.Recipe, scheme: Scheme, activation_ratio: float = 1.0, key_ratio: float = 1.0) -> float:
+    """How many dB closer the steps of a recipe bring a tiny planted network's logits to the exact ones, at ``scheme``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = outliers.plant(LlamaForCausalLM(config).eval(), activation_ratio, key_ratio)
+    ids = torch.randint(0, 128, (4, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = network(ids[2:], use_cache=False).logits.float()
+    quality = []
+    for steps in ((), recipe.steps):
+        quantized = quantize(network, replace(recipe, scheme=scheme, steps=steps), ids[:2], progress=False, report=False)
+        quality.append(logits_sqnr_db(exact, quantized, ids[2:]))
+    return quality[1] - quality[0]

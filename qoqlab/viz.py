@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 # jsonschema imports this package in every process that displays a plotly figure; it costs two seconds of CPU and serves one
 # string format ("iri") that no figure uses. A None entry makes jsonschema skip that check. Remove once jsonschema is lazy.
@@ -545,7 +546,7 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms")
 
     ``table``: as `qoqlab.compare` returns it. A filled mark is the gap to the unquantised model with everything rounded, a
     ring the same as kernels compute it (none where that was not measured). All panels share one log scale, because methods
-    without any care for outliers lose by factors; gaps below 0.01 sit at its left end. The unquantised model itself has no
+    without any care for outliers lose by factors; gaps below 0.01 count as that. The unquantised model itself has no
     row; its perplexity stands under each panel.
     """
     panels = list(dict.fromkeys(zip(table["model"], table["text"], strict=True)))
@@ -558,7 +559,7 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms")
     }
     titles = [model if len({t for _, t in panels}) == 1 else f"{model} model<br>{text}" for model, text in panels]
     figure = make_subplots(rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=0.025, subplot_titles=titles)
-    smallest, largest = 0.01, 0.1
+    smallest, drawn = 0.01, [1.0]
     for column, (model, text) in enumerate(panels, 1):
         here = (table["model"] == model) & (table["text"] == text)
         exact = float((table["perplexity"] - table["gap"])[here].iloc[0])
@@ -570,10 +571,10 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms")
                 gaps = (rows["runtime_perplexity"] - exact if runtime else rows["gap"]).dropna()
                 if gaps.empty and (runtime or column > 1):
                     continue
-                largest = max(largest, float(gaps.max()))
-                shown = rows.loc[gaps.index]
+                shown, x = rows.loc[gaps.index], gaps.clip(lower=smallest).to_list()
+                drawn += x
                 figure.add_scatter(
-                    x=_numbers(gaps.clip(lower=smallest).to_list()),
+                    x=_numbers(x),
                     y=shown["method"].to_list(),
                     customdata=np.stack(
                         [shown["format"], gaps.round(3), shown["weight_bits"].round(2), shown["kv_bits"]], -1
@@ -596,17 +597,13 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms")
                     col=column,
                 )
         figure.update_xaxes(title_text=f"perplexity lost<br>(of fp16: {exact:.2f})", row=1, col=column)
-    decades = [10.0**power for power in range(-2, math.ceil(math.log10(largest)) + 1)]
-    figure.update_xaxes(
-        type="log",
-        range=[-2.15, math.log10(largest) + 0.25],
-        tickvals=decades,
-        ticktext=["≤ 0.01", *(f"{tick:g}" for tick in decades[1:])],
-        tickangle=0,
-        tickfont={"size": 11},
-    )
+    axis = _log_axis([torch.tensor(drawn, dtype=torch.float64)])
+    if max(drawn) > 1e3 * min(drawn):  # only even powers of ten are named, or narrow panels have no room
+        powers = [round(math.log10(tick)) for tick in cast(list[float], axis["tickvals"])]
+        axis["ticktext"] = ["" if p % 2 else f"{10.0**p:g}" if p < 3 else f"{10.0 ** (p - 3):g}k" for p in powers]
+    figure.update_xaxes(**axis, tickfont={"size": 11})
     figure.update_yaxes(categoryorder="array", categoryarray=methods, range=[len(methods) - 0.4, -0.6])
-    figure.update_annotations(font_size=13)
+    figure.update_annotations(font_size=12)
     below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}
     margin = {"l": 70, "r": 30, "t": 100, "b": 130}
     return _layout(figure, title, height=230 + 22 * len(methods), legend=below, margin=margin).update_yaxes(
@@ -614,17 +611,22 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms")
     )
 
 
+#: `trade_off` labels every method if there are no more than these, otherwise only those worth having.
+FEW = 10
+
+
 def trade_off(table: pd.DataFrame, cost: str, title: str, x: str) -> go.Figure:
     """Perplexity lost against what it costs: methods on the staircase are worth having, the others lose to one of them.
 
-    ``table``: rows of `qoqlab.compare` for one model and text; ``cost``: the column to count, lower is better; ``x`` names it.
+    ``table``: rows of `qoqlab.compare` for one model and text; ``cost``: the column to count, on an axis named ``x``.
     A method is off the staircase if another one costs at most as much and loses at most as much. Gaps below 0.01 count as
-    that. Always three traces.
+    that. Labelled are those on the staircase, and the others where there are few. Always three traces.
     """
     rows = table.assign(shown=table["gap"].clip(lower=0.01)).sort_values([cost, "gap"], kind="stable")
     # by rising cost, a method is worth having if it loses less than all before it
     best = rows["shown"] < rows["shown"].cummin().shift(fill_value=math.inf)
     stairs = rows[best]
+    low, high = float(rows[cost].min()), float(rows[cost].max())
     figure = go.Figure()
     figure.add_scatter(
         x=_numbers(stairs[cost].to_list()),
@@ -641,17 +643,37 @@ def trade_off(table: pd.DataFrame, cost: str, title: str, x: str) -> go.Figure:
             y=_numbers(part["shown"].to_list()),
             customdata=part["gap"].round(3).to_list(),
             text=[f" {method} " for method in part["method"]],
-            mode="markers+text" if worth else "markers",
-            # labels at the right edge point inwards
-            textposition=["middle left" if v > 0.8 * rows[cost].max() else "middle right" for v in part[cost]],
-            textfont={"size": 12},
+            mode="markers+text" if not worth and len(rows) <= FEW else "markers",
+            textposition=["middle left" if v > low + 0.75 * (high - low) else "middle right" for v in part[cost]],
+            textfont={"size": 12, "color": _MUTED},
+            cliponaxis=False,
             marker={"size": 12 if worth else 8, "color": colour, "symbol": "circle" if worth else "circle-open"},
             name=name,
             hovertemplate=f"%{{text}}<br>gap %{{customdata:+.3f}}<br>{x}: %{{x:.4g}}<extra></extra>",
         )
     _layout(figure, title, x, "perplexity lost against fp16 (log scale)", legend=_legend_above(), showlegend=True)
-    costs, gaps = (torch.tensor(rows[column].to_list(), dtype=torch.float64) for column in (cost, "shown"))
-    return figure.update_xaxes(**_log_axis([costs])).update_yaxes(**_log_axis([gaps]))
+    # below the stairs there is room; names of neighbours share a label, in their order
+    flights: list[list[tuple[float, float, str]]] = []
+    for step in zip(stairs[cost], stairs["shown"], stairs["method"], strict=True):
+        if flights and step[0] - flights[-1][-1][0] < 0.1 * (high - low):
+            flights[-1].append(step)
+        else:
+            flights.append([step])
+    for flight in flights:
+        at, height, _ = flight[-1]
+        side = "right" if at > low + 0.75 * (high - low) else "left"
+        names = "<br>".join(name for *_, name in flight)
+        figure.add_annotation(
+            x=at, y=math.log10(height), text=names, align=side, xanchor=side, yanchor="top", yshift=-7, showarrow=False
+        )
+    pad = 0.04 * (high - low) or 1.0
+    figure.update_xaxes(range=[low - pad, high + pad])
+    values = rows["shown"].astype(float)
+    axis = _log_axis([torch.tensor(values.to_list())])
+    ticks = [tick for tick in cast(list[float], axis["tickvals"]) if tick >= 0.01]
+    least, span = math.log10(values.min()), max(math.log10(values.max() / values.min()), 0.1)
+    axis |= {"range": [least - 0.2 * span, least + 1.07 * span], "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
+    return figure.update_yaxes(**axis)
 
 
 # --- why four, eight and four ---------------------------------------------------------------------------------------------

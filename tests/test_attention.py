@@ -265,3 +265,19 @@ def test_rotated_keys_are_rounded_in_the_rotated_basis(mode: Mode) -> None:
     rotated = attention.forward(module, q, k, v, None, scaling=0.25)[0]
     # the transform and the product round differently in fp32, which may move a key to the next code
     assert relative_error(rotated, expected) < 0.02 < relative_error(rotated, plain)
+
+
+@pytest.mark.parametrize("preset", ["rtn-kv4", "kivi-kv4", "quarot-w4a8kv4"])
+def test_left_padding_changes_nothing(preset: str, quantized) -> None:
+    """Padded positions look at nobody; they must not turn into NaN, and the others must not see them."""
+    model = quantized("llama", preset).model
+    ids = random_ids(1, 12, seed=3)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[0, :4] = 0
+    batch = torch.cat([torch.nn.functional.pad(ids, (4, 0)), random_ids(1, 16, seed=4)])
+    padded = model(batch, attention_mask=mask, use_cache=False).logits
+    assert padded.isfinite().all()
+    alone = model(ids, use_cache=False).logits
+    # positions are counted from the first column, so only their differences enter RoPE; windows of keys start elsewhere
+    if preset != "kivi-kv4":
+        assert relative_error(padded[:1, 4:], alone) < 0.2

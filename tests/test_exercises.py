@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from qoqlab import affine, exercises, packing, progressive
+from qoqlab import affine, baselines, exercises, packing, progressive, recipes, steps
 from qoqlab.progressive import FirstLevel, ProgressiveWeight, Zero
+from qoqlab.recipes import Recipe, Step
 
 
 def cache_bytes(layers, kv_heads, head_dim, tokens, bits):
@@ -34,6 +37,30 @@ def progressive_dequant(codes, group_scales, group_zeros, channel_scales, group_
     return ProgressiveWeight(*parts, codes=codes).dequantize()
 
 
+def bits_per_weight(columns, group_size, group_bits, row_bits):
+    return 4 + group_bits / group_size + row_bits / columns
+
+
+def key_ranking():
+    return ["channel", "smoothed", "rotated", "token"]
+
+
+def frontier(bits, loss):
+    points = list(zip(bits, loss, strict=True))
+
+    def beaten(p):
+        return any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+
+    return sorted((i for i, p in enumerate(points) if not beaten(p)), key=lambda i: bits[i])
+
+
+ROTATE, SMOOTH = Step(steps.rotate), Step(steps.smooth_attention)
+
+
+def recipe(*chosen, like="qoq-g128"):
+    return lambda: Recipe("mine", recipes.get(like).scheme, chosen)
+
+
 ANSWERS = [
     (exercises.check_cache_bytes, cache_bytes),
     (exercises.check_outlier_ratio, outlier_ratio),
@@ -41,6 +68,10 @@ ANSWERS = [
     (exercises.check_group_scale, group_scale),
     (exercises.check_progressive_dequant, progressive_dequant),
     (exercises.check_pack_u4, packing.pack_u4),
+    (exercises.check_bits_per_weight, bits_per_weight),
+    (exercises.check_key_ranking, key_ranking),
+    (exercises.check_frontier, frontier),
+    (exercises.check_recipe, recipe(ROTATE, SMOOTH)),
 ]
 
 
@@ -134,6 +165,33 @@ MISTAKES = [
     (exercises.check_pack_u4, lambda c: c[1::2] | (c[::2] << 4), "low nibble"),
     (exercises.check_pack_u4, lambda c: c[:8] | (c[8:] << 4), "pairs 0 with 8"),
     (exercises.check_pack_u4, lambda c: c, "fill 8 bytes"),
+    (exercises.check_bits_per_weight, lambda k, g, b, r: 4 + b + r, "scale of its own"),
+    (exercises.check_bits_per_weight, lambda k, g, b, r: 4 + (b + r) / k, "counts one group"),
+    (exercises.check_bits_per_weight, lambda k, g, b, r: 4 + b / g, "row's own 16 bits"),
+    (exercises.check_bits_per_weight, lambda k, g, b, r: 4 + (b + r) / g, "not once per group"),
+    (exercises.check_bits_per_weight, lambda k, g, b, r: bits_per_weight(512, g, b, r), "a row of 4096"),
+    (exercises.check_key_ranking, lambda: ["token", "channel"], "each once"),
+    (exercises.check_key_ranking, lambda: key_ranking()[::-1], "set the ticks"),
+    (exercises.check_key_ranking, lambda: ["channel", "rotated", "smoothed", "token"], "rotated before smoothed"),
+    (exercises.check_frontier, lambda b, v: [min(range(len(b)), key=b.__getitem__)], "all three"),
+    (exercises.check_frontier, lambda b, v: list(range(len(b))), "nobody wants it"),
+    (
+        exercises.check_frontier,
+        lambda b, v: [i for i in range(len(b)) if v[i] == min(w for c, w in zip(b, v, strict=True) if c == b[i])],
+        "not only with equal bits",
+    ),
+    (exercises.check_frontier, lambda b, v: sorted(frontier(b, v)), "by rising bits"),
+    (
+        exercises.check_frontier,
+        lambda b, v: [i for i in frontier(b, v) if (b[i], v[i]) not in zip(b[:i], v[:i], strict=True)],
+        "keep both",
+    ),
+    (exercises.check_recipe, lambda: (ROTATE, SMOOTH), "expected a qoqlab.recipes.Recipe"),
+    (exercises.check_recipe, recipe(ROTATE, SMOOTH, like="qoq-per-channel"), "format must be that of qoq-g128"),
+    (exercises.check_recipe, recipe(), "round to nearest"),
+    (exercises.check_recipe, recipe(SMOOTH), "loud activation channels"),
+    (exercises.check_recipe, recipe(ROTATE), "loud key channels"),
+    (exercises.check_recipe, recipe(Step(baselines.smooth_inputs)), "loud key channels"),
 ]
 
 
@@ -141,3 +199,10 @@ MISTAKES = [
 def test_meets_mistakes_with_a_sentence(check, wrong, sentence):
     with pytest.raises(AssertionError, match=sentence):
         check(wrong)
+
+
+def test_remedies_for_keys_lie_far_apart():
+    """The ranking is a fact of the formats, not of one draw of random numbers."""
+    errors = exercises._key_errors()
+    ordered = [errors[name] for name in key_ranking()]
+    assert all(worse > 1.3 * better for better, worse in itertools.pairwise(ordered))

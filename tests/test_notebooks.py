@@ -30,7 +30,7 @@ def tags(cell):
 
 
 def test_there_are_notebooks():
-    assert {"00_map", "01_outliers", "02_progressive_weights"} <= {p.stem for p in NOTEBOOKS}
+    assert {"00_map", "01_outliers", "02_progressive_weights", "07_whole_comparison"} <= {p.stem for p in NOTEBOOKS}
 
 
 @each_notebook

@@ -32,6 +32,31 @@ LADDER = pd.DataFrame(
 CURVE = pd.DataFrame({"label": ["row", 128], "bits": [4.06, 4.16], "sqnr_db": [18.0, 19.8], "kind": ["a", "b"]})
 BYTES = pd.DataFrame({"format": ["fp16", "W4"], "part": ["weights", "weights"], "size": [2.0, 0.5]})
 ROOF = pd.DataFrame({"precision": ["W4A8"] * 2, "intensity": [1.0, 100.0], "speed": [4.0, 400.0]})
+COMPARED = pd.DataFrame(
+    [
+        {
+            "model": model,
+            "method": method,
+            "format": form,
+            "text": text,
+            "perplexity": 20 + gap,
+            "gap": gap,
+            "runtime_perplexity": 20 + gap + 0.5,
+            "weight_bits": bits,
+            "kv_bits": 4.25,
+        }
+        for model in ("bundled", "planted")
+        for method, form, gap, bits in (
+            ("fp16", "W16A16KV16", 0.0, 16.0),
+            ("plain", "W4A8KV4", 30.0, 4.04),
+            ("grouped", "W4A8KV4 g128", 3.0, 4.15),
+            ("worse", "W4A8KV4 g128 + INT8 outliers", 3.5, 4.3),
+            ("careful", "W8A8KV4", -0.2, 8.1),
+        )
+        for text in ("one", "two")
+    ]
+)
+COST = (COMPARED.query("model == 'planted' and text == 'one'"), "weight_bits", "trade-off", "bits a weight")
 MEASURED = pd.DataFrame({"layer": [0, 1], "site": ["qkv", "qkv"], "ratio": [3.0, 30.0]})
 
 FIGURES = {
@@ -50,6 +75,8 @@ FIGURES = {
     "error_by_layer": lambda: viz.error_by_layer(REPORT),
     "waterfall": lambda: viz.waterfall(REPORT),
     "ladder": lambda: viz.ladder(LADDER),
+    "comparison": lambda: viz.comparison(COMPARED),
+    "trade_off": lambda: viz.trade_off(*COST),
     "stacked_bytes": lambda: viz.stacked_bytes(BYTES, "bytes"),
     "roofline": lambda: viz.roofline(ROOF, "roof", "tokens", "TOP/s"),
     "with_slider": lambda: viz.with_slider({str(i): viz.outlier_map(TOKENS[i:], f"from {i}") for i in range(3)}, "from: "),
@@ -172,6 +199,42 @@ def test_ladder_shows_every_rung_and_the_reference():
     assert [list(t.y) for t in markers] == [["W8A8", "W4A8"]] * 2
     assert markers[1].text[1].split() == ["2500", "(+2480)"]
     assert "20.00" in figure.layout.xaxis.title.text and "log" in figure.layout.xaxis.title.text
+
+
+def test_comparison_has_a_row_per_method_a_colour_per_precision_and_a_panel_per_model_and_text():
+    figure = viz.comparison(COMPARED)
+    assert list(figure.layout.yaxis.categoryarray) == ["plain", "grouped", "worse", "careful"]
+    assert [note.text for note in figure.layout.annotations] == [
+        f"{model} model<br>{text}" for model in ("bundled", "planted") for text in ("one", "two")
+    ]
+    for axis in ("x", "x2", "x3", "x4"):
+        drawn = {(t.name, t.marker.symbol): dict(zip(t.y, t.x, strict=True)) for t in figure.data if t.xaxis == axis}
+        assert drawn["W4A8KV4", "circle"] == pytest.approx({"plain": 30.0, "grouped": 3.0, "worse": 3.5})
+        assert drawn["W4A8KV4", "circle-open"] == pytest.approx({"plain": 30.5, "grouped": 3.5, "worse": 4.0})
+        assert drawn["W8A8KV4", "circle"] == pytest.approx({"careful": 0.01}), "no logarithm of a gain: the left end"
+        assert drawn["W8A8KV4", "circle-open"] == pytest.approx({"careful": 0.3})
+        assert len({t.marker.color for t in figure.data}) == len({t.name for t in figure.data}) == 2
+    assert sorted(t.name for t in figure.data if t.showlegend) == ["W4A8KV4", "W8A8KV4"]
+    ranges = {tuple(figure.layout[name].range) for name in ("xaxis", "xaxis2", "xaxis3", "xaxis4")}
+    assert len(ranges) == 1 and 10 ** ranges.pop()[1] > 30.5
+
+
+def test_comparison_without_runtime_or_losses():
+    alone = COMPARED[COMPARED["method"] == "fp16"].assign(runtime_perplexity=float("nan"))
+    figure = viz.comparison(alone)
+    assert {t.marker.symbol for t in figure.data} == {"circle"}
+    assert {name for t in figure.data for name in t.y} == {"fp16"}
+
+
+def test_trade_off_separates_the_stairs_from_the_rest():
+    stairs, beaten, worth = viz.trade_off(*COST).data
+    assert [name.strip() for name in worth.text] == ["plain", "grouped", "careful"], "16 bits lose to 8 that lose nothing"
+    assert [name.strip() for name in beaten.text] == ["worse", "fp16"]
+    assert list(stairs.x) == list(worth.x) == pytest.approx([4.04, 4.15, 8.1])
+    notes = viz.trade_off(*COST).layout.annotations
+    assert [note.text for note in notes] == ["plain<br>grouped", "careful"], "neighbours share a label"
+    table, *rest = COST
+    assert len(viz.trade_off(table[:1], *rest).data) == len(viz.trade_off(pd.concat([table] * 3), *rest).data) == 3
 
 
 def test_slider_swaps_whole_figures():

@@ -2,9 +2,10 @@
 
     python data/benchmarks/comparison.py --wikitext WIKITEXT_2_TEST_TXT --out data/benchmarks/comparison.csv
 
-One row per model, method and text. Texts: Python's documentation, from which the model's training and the calibration text
-also come, and WikiText-2, if its test file is given, which the model was not trained on. Runs on two CPU cores in about half
-an hour. A JSON file beside the table says with which versions.
+One row per model, method and text. Texts: Python's documentation, which calibration also uses (other topics of it), and
+WikiText-2, if its test file is given, which is unlike anything that the model was trained on (the file as it is: its lines
+are joined by one newline; `load_text` joins them by two, as published perplexities do). Takes half an hour on two CPU
+cores. A JSON file beside the table says with which versions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from datetime import date
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these again and replace their rows in OUT")
     options = parser.parse_args()
     model, tokenizer = qoqlab.load_tiny()
     models = {"bundled": model, "planted": qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)}
@@ -42,8 +45,16 @@ def main() -> None:
         qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH), CALIBRATION_WINDOWS
     )
     start = time.perf_counter()
-    table = qoqlab.compare("paper", models, calibration, tests)
+    table = qoqlab.compare(options.only or "paper", models, calibration, tests)
+    if options.only:
+        before = pd.read_csv(options.out)
+        order = list(dict.fromkeys(before["method"]))
+        table = pd.concat([before[~before["method"].isin(options.only)], table])
+        table = table.sort_values(["model", "method"], key=lambda c: c.map((order + list(models)).index), kind="stable")
     table.round(4).to_csv(options.out, index=False)
+    if options.only:
+        print(table.to_string())
+        return
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     facts = {
         "date": date.today().isoformat(),

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -202,4 +203,7 @@ def simulate(program: Program, grid: tuple[int, int, int], arguments: Sequence[t
     if program.cluster > 1:
         raise ValueError(f"cluster: {program.cluster}; the simulator runs one block at a time, take 1")
     call = [v.detach().reshape(-1).numpy() if isinstance(v, torch.Tensor) else np.uint32(v) for v in arguments]
-    cuda.jit(program.function)[grid, program.threads, 0, program.shared](*call)
+    with warnings.catch_warnings():
+        # idle threads compute with memory that nobody wrote; integers wrap around, as on the GPU
+        warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)
+        cuda.jit(program.function)[grid, program.threads, 0, program.shared](*call)
