@@ -1,12 +1,14 @@
 """The command line: each command is a thin call of the library.
 
 Exit codes: 0 done; 2 bad input (one line on standard error, no traceback); 130 interrupted. No model is downloaded: it is
-"tiny" (the bundled one), a folder, or a repository that lies in the local Hugging Face cache.
+"tiny" (the bundled one), "tiny-planted" (the same function with outliers of the size that large models have),
+a folder, or a repository that lies in the local Hugging Face cache.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Callable, Iterable
 from enum import Enum
@@ -30,7 +32,10 @@ app = typer.Typer(
 )
 _T = TypeVar("_T", bound=Callable[..., None])
 _out, _err = Console(), Console(stderr=True)
-TINY = "tiny"
+TINY, PLANTED = "tiny", "tiny-planted"
+BUNDLED = (TINY, PLANTED)
+#: Entries of a configuration by which the bundled model and its quantised or planted variants are recognised.
+GEOMETRY = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 #: Tokens per window: of published perplexities, and quick on a laptop.
 PAPER_LENGTH, TINY_LENGTH = 2048, 512
 
@@ -43,12 +48,12 @@ class Format(Enum):
     DEEPCOMPRESSOR = "deepcompressor"
 
 
-Model = Annotated[str, typer.Argument(help='"tiny", a folder, or a repository in the local Hugging Face cache.')]
+Model = Annotated[str, typer.Argument(help='"tiny", "tiny-planted", a folder, or a repository in the local cache.')]
 Folder = Annotated[Path, typer.Argument(help="A folder that `qoqlab quantize` or qoqlab.save wrote.")]
 Text = Annotated[str, typer.Option(help='"python-docs", "wikitext-2", or the path of a text file or folder.')]
 TextPath = Annotated[Path | None, typer.Option(help='Where "wikitext-2" lies; without it the package datasets finds it.')]
 Length = Annotated[
-    int | None, typer.Option(help="Tokens per window; default: 2048, at most the model's context; tiny: 512.")
+    int | None, typer.Option(help="Tokens per window; default: 2048, at most the model's context; the bundled model: 512.")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")]
@@ -93,7 +98,11 @@ def quantize(
     from . import formats, offload, pipeline, recipes
 
     chosen = recipes.get(recipe)
-    network = offload.open_model(_folder(model), _dtype(dtype, model), _device(device))
+    _require_writable(out)
+    if model == PLANTED:  # planting takes the whole model
+        network = _load(model, _dtype(dtype, model), _device(device))
+    else:
+        network = offload.open_model(_folder(model), _dtype(dtype, model), _device(device))
     tokenizer = _tokenizer(model)
     calibration = None
     if pipeline.needs_calibration(chosen) or report:
@@ -167,6 +176,8 @@ def compare(
         raise ValueError("recipe: give --recipe, once or more, or --preset")
     if out is not None and out.suffix != ".csv":
         raise ValueError(f"out: expected a name that ends in .csv, got {out.name!r}")
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"out: {out.parent} is not a folder")
     from . import comparison
 
     network = _load(model, _dtype(dtype, model), _device(device))
@@ -176,7 +187,7 @@ def compare(
     table = comparison.compare(recipe or str(preset), network, calibration, test)
     if out is not None:
         table.to_csv(out, index=False)
-    _show(table)
+    _show(table[["method", "format", "perplexity", "gap", "runtime_perplexity", "weight_bits", "kv_bits"]])
 
 
 @app.command()
@@ -241,7 +252,22 @@ def list_recipes() -> None:
 def _folder(model: str) -> Path:
     from . import bundled, offload
 
-    return bundled.model_folder() if model == TINY else offload.local_folder(model)
+    return bundled.model_folder() if model in BUNDLED else offload.local_folder(model)
+
+
+def _require_writable(out: Path) -> None:
+    """``out`` is free, or holds a checkpoint of ours, which may be replaced. Raises ValueError otherwise."""
+    from . import formats
+
+    place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not place.is_dir():
+        raise ValueError(f"out: {place} is a file, expected a folder or a new name")
+    if place != out.absolute() or (out / formats.MANIFEST).is_file():
+        return
+    # what a kill leaves behind may be replaced, too
+    others = [p.name for p in out.iterdir() if p.suffix != ".partial" and not p.match("weights-*.safetensors")]
+    if others:
+        raise ValueError(f"out: {out} holds {min(others)} and no {formats.MANIFEST}; expected an empty folder or a new name")
 
 
 def _device(name: str) -> str:
@@ -260,7 +286,7 @@ def _dtype(name: str | None, model: str) -> torch.dtype | None:
 
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is None:
-        return torch.float32 if model == TINY else None  # as load_tiny has it
+        return torch.float32 if model in BUNDLED else None  # as load_tiny has it
     if name not in known:
         raise ValueError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
     return known[name]
@@ -270,15 +296,19 @@ def _load(model: str, dtype: torch.dtype | None, device: str) -> Any:
     """A plain model or a `QuantizedModel`, whatever the folder holds."""
     from transformers import AutoModelForCausalLM
 
-    from . import bundled, formats, hf_quantizer
+    from . import bundled, formats, hf_quantizer, outliers
     from .pipeline import QuantizedModel
 
-    if model != TINY and (Path(model) / formats.MANIFEST).is_file():
+    if model not in BUNDLED and (Path(model) / formats.MANIFEST).is_file():
         native = formats.load(model)
         return QuantizedModel(native.model.to(device), native.recipe, native.report)
     folder = _folder(model)
     with bundled.quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    if model == PLANTED:
+        from .tour import ACTIVATION_RATIO, KEY_RATIO
+
+        loaded = outliers.plant(loaded, ACTIVATION_RATIO, KEY_RATIO)
     loaded = loaded.to(device)
     config = getattr(loaded.config, "quantization_config", None)
     return hf_quantizer.as_quantized(loaded) if isinstance(config, hf_quantizer.QoQConfig) else loaded
@@ -287,7 +317,7 @@ def _load(model: str, dtype: torch.dtype | None, device: str) -> Any:
 def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    folder = Path(model) if model != TINY and Path(model).is_dir() else _folder(model)
+    folder = Path(model) if model not in BUNDLED and Path(model).is_dir() else _folder(model)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -300,7 +330,9 @@ def _windows(
     from . import bundled
 
     if length is None:
-        length = TINY_LENGTH if network.config.name_or_path == str(bundled.model_folder()) else PAPER_LENGTH
+        known = json.loads((bundled.model_folder() / "config.json").read_text(encoding="utf-8"))
+        ours = all(getattr(network.config, entry, None) == known[entry] for entry in GEOMETRY)
+        length = TINY_LENGTH if ours else PAPER_LENGTH
         length = min(length, int(network.config.max_position_embeddings))
     ids = bundled.tokens(tokenizer, bundled.load_text(text, split, path), length)
     return ids if windows is None else bundled.spread(ids, windows)

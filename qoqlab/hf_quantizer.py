@@ -6,7 +6,9 @@ Importing this module registers the method "qoq" with transformers, which needs 
 
 from __future__ import annotations
 
+import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from .offload import MappedTensors
 from .pipeline import REPORT_COLUMNS, QuantizedModel, needs_calibration, quantize
 from .recipes import Recipe
 from .resume import layer_from
+from .tensorfile import CheckpointError, digest_of_tensor
 
 METHOD = "qoq"
 SCHEMA = 1
@@ -39,6 +42,8 @@ class QoQConfig(QuantizationConfigMixin):
 
     ``save_pretrained`` keeps the recipe and drops calibration tokens and text. The resulting model is an ordinary one of
     transformers in simulated mode; `as_quantized` makes it the `QuantizedModel` that this library's functions take.
+    ``digests``, SHA-256 by name of the tensors that quantisation made, is for ``save_pretrained`` to write and loading to
+    check; folders of older versions have none.
 
     Raises TypeError or ValueError for an unknown recipe, calibration of the wrong kind, or both sources at once.
     """
@@ -52,7 +57,14 @@ class QoQConfig(QuantizationConfigMixin):
         windows: int = 128,
         schema: int = SCHEMA,
         quant_method: str = METHOD,
+        digests: dict[str, str] | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise ValueError(
+                f"quantization_config: entries {', '.join(sorted(unknown))} are not of a model that save_pretrained wrote; "
+                "a QServe checkpoint is read by qoqlab.formats.import_qserve"
+            )
         if quant_method != METHOD or schema != SCHEMA:
             raise ValueError(
                 f"quant_method: expected {METHOD!r} of schema {SCHEMA}, got {quant_method!r} of schema {schema!r}"
@@ -72,11 +84,16 @@ class QoQConfig(QuantizationConfigMixin):
             raise TypeError(f"calibration: expected int64 tokens [n, length], got {type(calibration).__name__}")
         if not isinstance(windows, int) or windows < 1:
             raise ValueError(f"windows: expected a positive integer, got {windows!r}")
+        digests = {} if digests is None else digests
+        if not isinstance(digests, dict) or not all(isinstance(text, str) for pair in digests.items() for text in pair):
+            raise ValueError(f"digests: expected SHA-256 in hexadecimal by tensor name, got {type(digests).__name__}")
         self.calibration, self.text, self.length, self.windows = calibration, text, length, windows
+        self.digests = digests
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into ``config.json``."""
-        return {"quant_method": METHOD, "schema": SCHEMA, "recipe": recipe_to_json(self.recipe)}
+        written = {"quant_method": METHOD, "schema": SCHEMA, "recipe": recipe_to_json(self.recipe)}
+        return written | ({"digests": dict(self.digests)} if self.digests else {})
 
     def calibration_for(self, path: str) -> torch.Tensor | None:
         """Tokens ``[n, length]`` for the model of that folder or cached repository, or None."""
@@ -97,6 +114,7 @@ class QoQHfQuantizer(HfQuantizer):
     """Runs the pipeline after transformers has loaded an unquantised model, or makes room for a quantised checkpoint."""
 
     quantization_config: QoQConfig
+    _files: tuple[str, ...] = ()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot work, before weights are read."""
@@ -116,11 +134,15 @@ class QoQHfQuantizer(HfQuantizer):
             kind = type(model).__name__
             raise TypeError(f"model: {kind} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
         if self.pre_quantized:
+            self._files = tuple(kwargs.get("checkpoint_files") or ())
             with torch.device("cpu"):  # transformers has made "meta" the default here, and online transforms are real
-                _make_room(model, self.quantization_config.recipe, kwargs.get("checkpoint_files") or [])
+                _make_room(model, self.quantization_config, self._files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
+            _require_intact(model, self.quantization_config.digests, self._files)
+            # they describe the folder, not what becomes of the model
+            self.quantization_config = model.config.quantization_config = _with_digests(self.quantization_config, {})
             attention.install(model)
             model.requires_grad_(False)
             return
@@ -128,6 +150,11 @@ class QoQHfQuantizer(HfQuantizer):
         calibration = config.calibration_for(model.config.name_or_path)
         result = quantize(model, config.recipe, calibration, inplace=True)
         model.qoq_report = result.report
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Called by ``save_pretrained`` before it writes the configuration, which gets the tensors' digests here."""
+        model.config.quantization_config = _with_digests(self.quantization_config, _digests(model))
+        return None, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` works."""
@@ -139,12 +166,13 @@ class QoQHfQuantizer(HfQuantizer):
         return False
 
 
-def _make_room(model: nn.Module, recipe: Recipe, files: list[str]) -> None:
+def _make_room(model: nn.Module, config: QoQConfig, files: tuple[str, ...]) -> None:
     """Replace linears by quantised ones without memory, for transformers to load codes and scales into.
 
-    Online transforms are taken from the checkpoint's files at once, since their tensors decide what they compute.
+    Online transforms are taken from the checkpoint's files at once, since their tensors decide what they compute. Raises
+    CheckpointError for a tensor that the files lack: transformers would make one up.
     """
-    stored = MappedTensors(files)
+    stored, recipe = MappedTensors(files), config.recipe
     half = model.config.dtype not in (torch.float32, torch.float64)
     for block in describe(model).blocks:
         attention.state(block.attention).grid = recipe.scheme.kv
@@ -159,6 +187,42 @@ def _make_room(model: nn.Module, recipe: Recipe, files: list[str]) -> None:
                 # biases stay in the precision that blocks are quantised in
                 bias = bias if bias is None else torch.empty(n, dtype=torch.float32 if half else bias.dtype, device="meta")
             block.set_linear(role, layer_from(parts, name, linear, recipe.scheme, bias))
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()  # type: ignore[union-attr]
+    lacking = [name for name in model.state_dict() | config.digests if name not in stored and name not in tied]
+    if files and lacking:  # without files the caller has passed a state dict
+        raise CheckpointError(f"{Path(files[0]).parent}: tensor {lacking[0]} is missing")
+
+
+def _digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 by name of codes, scales, zeros and online transforms; offloaded ones are not at hand and have none."""
+    found = {}
+    for block in describe(model).blocks:
+        for role in LINEARS:
+            for part, tensor in block.linear(role).named_buffers():
+                if part != "bias" and not tensor.is_meta:  # a bias follows the dtype that the model is loaded in
+                    found[f"{block.name(role)}.{part}"] = digest_of_tensor(tensor.detach().cpu())
+    return found
+
+
+def _require_intact(model: nn.Module, digests: dict[str, str], files: tuple[str, ...]) -> None:
+    """Raise CheckpointError for a loaded tensor that is not the one that was saved."""
+    place = Path(files[0]).parent if files else "state_dict"
+    state, stored = model.state_dict(), MappedTensors(files)
+    for name, digest in digests.items():
+        tensor = state.get(name)
+        if tensor is None or tensor.is_meta:  # meta: not at hand in the model when it is offloaded to disk
+            tensor = stored.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{place}: tensor {name} is missing")
+        if digest_of_tensor(tensor.detach().cpu()) != digest:
+            raise CheckpointError(f"{place}: tensor {name}: SHA-256 differs from the one in config.json; damaged")
+
+
+def _with_digests(config: QoQConfig, digests: dict[str, str]) -> QoQConfig:
+    """A copy, since one configuration may serve several models."""
+    noted = copy.copy(config)
+    noted.digests = digests
+    return noted
 
 
 def as_quantized(model: nn.Module) -> QuantizedModel:

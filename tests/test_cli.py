@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 import qoqlab
-from qoqlab import cli, comparison, formats
+from qoqlab import cli, comparison, formats, hf_quantizer, offload, tour
 
 from .families import cast_parameters, wide
 
@@ -125,12 +125,84 @@ def test_compare_is_the_librarys(place: Path, tmp_path: Path, monkeypatch: pytes
 
     def compare(recipes, model, calibration, test):
         calls.append((recipes, type(model).__name__, tuple(calibration.shape), tuple(test.shape)))
-        return pd.DataFrame({"method": ["a"], "perplexity": [1.23456789]})
+        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, "hidden") | dict.fromkeys(SHOWN, 1.23456789)])
 
     monkeypatch.setattr(comparison, "compare", compare)
     result = invoke("compare", place / "model", "--preset", "paper", *text)
     assert result.exit_code == 0 and "1.2346" in result.output
     assert calls == [("paper", "LlamaForCausalLM", (3, 24), (2, 24))]
+
+
+#: What `compare` prints, so that a row fits a terminal; the file that it writes has every column.
+SHOWN = ["method", "format", "perplexity", "gap", "runtime_perplexity", "weight_bits", "kv_bits"]
+
+
+def test_compare_prints_seven_columns_and_writes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {column: f"<{index}>" for index, column in enumerate(comparison.COLUMNS)}
+    monkeypatch.setattr(comparison, "compare", lambda *_: pd.DataFrame([row]))
+    options = ("--windows", 1, "--test-windows", 1, "--out", tmp_path / "t.csv")
+    result = invoke("compare", "tiny", "--recipe", "fp16", *options)
+    assert result.exit_code == 0, result.output
+    assert [column for column in comparison.COLUMNS if row[column] in result.stdout] == [
+        column for column in comparison.COLUMNS if column in SHOWN
+    ]
+    header = result.stdout.splitlines()[1].replace("┃", " ").split()
+    assert header == SHOWN
+    assert pd.read_csv(tmp_path / "t.csv").to_dict("records") == [row]
+
+
+def test_tiny_planted_is_the_bundled_model_with_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compare(recipes, model, calibration, test):
+        seen.append((model, calibration, test))
+        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, 0.0)])
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    for name in ("tiny", "tiny-planted"):
+        result = invoke("compare", name, "--recipe", "fp16", "--windows", 2, "--test-windows", 1)
+        assert result.exit_code == 0, result.output
+    (plain, *texts), (planted, *same_texts) = seen
+    assert all(torch.equal(a, b) for a, b in zip(texts, same_texts, strict=True))
+    assert [tuple(ids.shape) for ids in texts] == [(2, 512), (1, 512)]
+    expected = qoqlab.outliers.plant(plain, tour.ACTIVATION_RATIO, tour.KEY_RATIO).state_dict()
+    ours = planted.state_dict()
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[n], expected[n]) for n in ours)
+    name = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(ours[name], plain.state_dict()[name])
+
+
+def test_tiny_planted_can_be_quantised_and_evaluated(tmp_path: Path) -> None:
+    options = ("--text", "python-docs", "--length", 16, "--windows", 1)
+    result = invoke("quantize", "tiny-planted", *options, "--recipe", "rtn-w8a8", "--no-report", "--out", tmp_path / "q")
+    assert result.exit_code == 0, result.output
+    planted = qoqlab.outliers.plant(qoqlab.load_tiny()[0], tour.ACTIVATION_RATIO, tour.KEY_RATIO)
+    ours = qoqlab.load(tmp_path / "q").model.state_dict()
+    theirs = qoqlab.quantize(planted, "rtn-w8a8", progress=False).model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    result = invoke("evaluate", "tiny-planted", *options)
+    assert result.exit_code == 0 and "tiny-planted: perplexity" in result.output
+
+
+def test_copies_of_the_bundled_model_get_its_windows(tmp_path: Path) -> None:
+    model, words = qoqlab.load_tiny()
+    hf_quantizer.save_pretrained(qoqlab.quantize(model, "rtn-w8a8", progress=False), tmp_path / "transformers")
+    qoqlab.save(qoqlab.quantize(model, "rtn-w8a8", progress=False), tmp_path / "native")
+    model.save_pretrained(tmp_path / "copy")
+    for name in ("transformers", "native", "copy"):
+        words.save_pretrained(tmp_path / name)
+        result = invoke("evaluate", tmp_path / name, "--windows", 1)
+        assert result.exit_code == 0 and "1 windows of 512 tokens" in " ".join(result.output.split()), result.output
+
+
+def test_other_models_get_the_papers_windows(place: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(place / "model")
+    text, words = str(place / "text.txt"), AutoTokenizer.from_pretrained(place / "model")
+    network.config.max_position_embeddings = 1000
+    assert cli._windows(words, network, text, "test", None, None, None).shape == (2, 1000)
+    network.config.max_position_embeddings = 4096
+    with pytest.raises(ValueError, match="2000 tokens, fewer than one window of 2048"):
+        cli._windows(words, network, text, "test", None, None, None)
 
 
 def test_tiny_is_the_bundled_model(tmp_path: Path) -> None:
@@ -183,6 +255,7 @@ def test_a_killed_quantize_continues(place: Path, tmp_path: Path) -> None:
         (["export", "no/such", "--out", "x"], "no/such/qoqlab.json: no such file"),
         (["compare", "tiny"], "Error: recipe: give --recipe, once or more, or --preset"),
         (["compare", "tiny", "--preset", "paper", "--out", "t.txt"], "out: expected a name that ends in .csv"),
+        (["compare", "tiny", "--preset", "paper", "--out", "gone/t.csv"], "Error: out: gone is not a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -194,6 +267,44 @@ def test_bad_input_is_one_line_and_exit_code_2(
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("notes.txt", "notes.txt is a file, expected a folder or a new name"),
+        ("notes.txt/q", "notes.txt is a file, expected a folder or a new name"),
+        ("link", "link is a file, expected a folder or a new name"),
+        ("thesis", "thesis holds chapter.tex and no qoqlab.json; expected an empty folder or a new name"),
+    ],
+)
+def test_out_is_checked_before_the_model_is_loaded(
+    out: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(offload, "open_model", lambda *_: pytest.fail("the model was loaded"))
+    result = invoke("quantize", "tiny", "--out", tmp_path / out)
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("Error: out: ")
+    assert message in result.stderr and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "holds", [[], ["qoqlab.json", "README.md"], [".q.0123.partial", "weights-0123456789abcdef.safetensors"]]
+)
+def test_out_may_be_empty_or_hold_a_checkpoint(holds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in holds:
+        (tmp_path / name).touch()
+
+    def opened(*_: object) -> None:
+        raise ValueError("the model was opened")
+
+    monkeypatch.setattr(offload, "open_model", opened)
+    assert "the model was opened" in invoke("quantize", "tiny", "--out", tmp_path).stderr
 
 
 @pytest.mark.parametrize("arguments", [["quantise"], ["quantize"], ["export", "x", "--out", "y", "--format", "gguf"]])

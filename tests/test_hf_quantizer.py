@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import qoqlab
@@ -163,9 +167,15 @@ def test_the_configuration_holds_the_recipe_and_no_data(tmp_path: Path) -> None:
     wide("llama").save_pretrained(tmp_path / "plain")
     load(tmp_path / "plain", QoQConfig(QUICK, calibration=IDS)).save_pretrained(tmp_path / "quantised")
     written = json.loads((tmp_path / "quantised" / "config.json").read_text())["quantization_config"]
-    assert written.keys() == {"quant_method", "schema", "recipe"}
+    assert written.keys() == {"quant_method", "schema", "recipe", "digests"}
     assert (written["quant_method"], written["schema"], written["recipe"]["name"]) == ("qoq", 1, QUICK.name)
     assert QoQConfig(**written).to_dict() == written
+    stored = load_file(tmp_path / "quantised" / "model.safetensors")
+    parts = ("codes", "channel_scales", "group_scales", "group_zeros")
+    made = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] in parts}
+    assert len(made) == 14 * len(parts)
+    expected = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in made.items()}
+    assert written["digests"] == expected
     assert json.loads(QoQConfig().to_json_string()) == QoQConfig().to_dict()
 
 
@@ -189,6 +199,84 @@ def test_the_module_can_be_imported_again() -> None:
             globals()[name] = getattr(hf_quantizer, name)
 
 
+# --- damage ---------------------------------------------------------------------------------------------------------------
+
+CODES = "model.layers.1.mlp.up_proj.codes"
+
+
+@pytest.fixture
+def saved(quantized, tmp_path: Path) -> Path:
+    """A folder that may be damaged; its layers have codes, scales, biases and, in o and down, online transforms."""
+    hf_quantizer.save_pretrained(quantized("qwen2", "quarot-w4a4kv4"), tmp_path)
+    return tmp_path
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def drop_digests(folder: Path) -> None:
+    """What folders looked like before there were digests."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["digests"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [CODES, "model.layers.0.self_attn.q_proj.scales", "model.layers.0.self_attn.q_proj.bias", "model.norm.weight"],
+)
+def test_a_missing_tensor_is_named(name: str, digests: bool, saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors.pop(name))
+    if not digests:
+        drop_digests(saved)
+    with pytest.raises(ValueError, match=re.escape(f"{saved}: tensor {name} is missing")):
+        load(saved)
+
+
+def test_a_missing_online_transform_is_named(saved: Path) -> None:
+    name = "model.layers.0.mlp.down_proj.online.hadamard"
+    rewrite(saved, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=re.escape(f"{saved}: tensor {name} is missing")):
+        load(saved)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_a_flipped_bit_is_named(part: str, saved: Path) -> None:
+    name = CODES.replace("codes", part)
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(torch.uint8).view(-1)[7] ^= 1
+
+    rewrite(saved, flip)
+    with pytest.raises(ValueError, match=re.escape(f"{saved}: tensor {name}: SHA-256 differs")):
+        load(saved)
+    drop_digests(saved)
+    assert isinstance(load(saved).get_submodule(CODES.removesuffix(".codes")), QuantLinear)
+
+
+def test_damage_is_found_where_layers_are_offloaded_to_disk(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload", "offload_buffers": True}
+    load(saved, **options)
+    rewrite(saved, lambda tensors: tensors[CODES].view(-1)[0].bitwise_xor_(1))
+    with pytest.raises(ValueError, match=re.escape(f"tensor {CODES}: SHA-256 differs")):
+        load(saved, **options)
+
+
+def test_digests_are_of_what_is_saved(saved: Path, tmp_path: Path) -> None:
+    model = load(saved)
+    assert model.config.quantization_config.digests == {}
+    model.get_buffer(CODES).view(-1)[0] ^= 1
+    model.save_pretrained(tmp_path / "again")
+    require_same_tensors(load(tmp_path / "again"), model)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +291,8 @@ def test_the_module_can_be_imported_again() -> None:
         ({"windows": 0}, ValueError, "windows: expected a positive integer, got 0"),
         ({"schema": 2}, ValueError, "got 'qoq' of schema 2"),
         ({"quant_method": "awq"}, ValueError, "got 'awq' of schema 1"),
+        ({"digests": ["a"]}, ValueError, "digests: expected SHA-256 in hexadecimal by tensor name, got list"),
+        ({"wbits": 4, "group_size": 128}, ValueError, "quantization_config: entries group_size, wbits are not of a model"),
     ],
 )
 def test_bad_configurations_are_named(arguments: dict, kind: type[Exception], message: str) -> None:
