@@ -2,7 +2,7 @@
 
 Points finish in any order. Each one is written to a file the moment it is done, so a study that is killed continues where it
 was: a point is known by its settings, written as canonical JSON. A point that fails is recorded with its traceback while the
-others go on.
+others go on, also when it takes its worker process with it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import time
 import traceback
 import warnings
@@ -37,7 +38,8 @@ class Backend(Enum):
     """Where points are computed.
 
     LOCAL  processes of this machine (joblib's loky).
-    DASK   workers of a Dask cluster, through joblib; extra ``cluster``.
+    DASK   workers of a Dask cluster, as Dask futures (joblib's backend never returns once a point kills its workers); extra
+           ``cluster``.
     RAY    workers of a Ray cluster, as Ray tasks (its joblib backend cannot hand results over as they come); extra ``ray``.
     """
 
@@ -68,6 +70,12 @@ def sweep(
     that is active); "ray" with the head's ``address`` (None: the running Ray, or a new one of this machine). Workers need
     the same qoqlab. ``jobs``: local processes, -1 for one per core and 1 for this very process. ``progress`` shows a bar.
 
+    A point whose worker process dies (out of memory, a crash) is a failed point. Locally the pool dies with it: the points
+    that are left then run one at a time, each in a fresh process, which names the culprit. Dask gives a point up after
+    several workers (setting ``distributed.scheduler.allowed-failures``) and it is tried once more by itself, so its workers
+    need a nanny, the default, that restarts them. With ``jobs=1`` there is no process to lose but this one; where -1 finds
+    a single core or one point is left, points also get a fresh process each.
+
     ``out``: a ``.jsonl`` or ``.parquet`` file. Points that it holds without an error are not computed again, failed ones
     are; other points in it stay. A line that a kill cut in half is dropped with a warning. Parquet needs pyarrow and is
     rewritten with every point; for many thousands of quick points take JSONL.
@@ -76,8 +84,7 @@ def sweep(
     ``traceback``.
 
     Raises TypeError or ValueError for parameters that are no grid or list, settings that JSON cannot hold, points given
-    twice, an unknown backend or a file of another kind; ImportError naming the extra that is missing; RuntimeError when a
-    worker process dies, after which the same call continues.
+    twice, an unknown backend or a file of another kind; ImportError naming the extra that is missing.
     """
     chosen = _backend(backend)
     if not callable(function):
@@ -203,45 +210,76 @@ def _outcomes(
 
 
 def _on_this_machine(function: Function, left: list[tuple[str, Settings]], jobs: int) -> Outcomes:
-    from concurrent.futures.process import BrokenProcessPool
+    from joblib import Parallel, cpu_count, delayed, parallel_config
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    from joblib import cpu_count, parallel_config
-
-    processes = min(cpu_count() if jobs == -1 else jobs, len(left))
-    if processes == 1:  # nothing to share: no processes, so a debugger works
+    if jobs == 1:  # nothing to share: no processes, so a debugger works
         yield from (_attempt(function, *point) for point in left)
         return
+    processes = min(cpu_count() if jobs == -1 else jobs, len(left))
+    unfinished = dict(left)
+    if processes > 1:
+        try:
+            with parallel_config("loky", n_jobs=processes, inner_max_num_threads=max(1, cpu_count() // processes)):
+                pool = Parallel(return_as="generator_unordered")
+                for key, outcome in pool(delayed(_attempt)(function, *point) for point in left):
+                    del unfinished[key]
+                    yield key, outcome
+        except TerminatedWorkerError:
+            pass  # the pool cannot tell which point it was, so those that are left run apart
+    for point in unfinished.items():
+        yield _alone(function, *point)
+
+
+def _alone(function: Function, key: str, settings: Settings) -> tuple[str, dict[str, Any]]:
+    """One point's key and outcome from a process of its own. Should that die, the point has failed."""
+    from joblib.externals.loky import ProcessPoolExecutor
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    start = time.perf_counter()
     try:
-        with parallel_config("loky", n_jobs=processes, inner_max_num_threads=max(1, cpu_count() // processes)):
-            yield from _through_joblib(function, left)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"function: a worker process died ({str(error).splitlines()[0]}); points that finished are in the file given "
-            "as out, and the same call continues with the others"
-        ) from error
-
-
-def _through_joblib(function: Function, left: list[tuple[str, Settings]]) -> Outcomes:
-    from joblib import Parallel, delayed
-
-    yield from Parallel(return_as="generator_unordered")(delayed(_attempt)(function, *point) for point in left)
+        with ProcessPoolExecutor(max_workers=1) as process:
+            return process.submit(_attempt, function, key, settings).result()
+    except TerminatedWorkerError as error:
+        codes = re.search(r"\{(.*)\}", str(error))
+        died = RuntimeError(
+            f"the worker process of this point died ({codes[1] if codes else 'no exit code'}): it was killed, perhaps out "
+            "of memory, crashed, or ended itself"
+        )
+        died.__cause__ = error  # for the traceback
+        return key, _failure(died, time.perf_counter() - start)
 
 
 def _on_dask(function: Function, left: list[tuple[str, Settings]], address: str | None) -> Outcomes:
     try:
-        from distributed import Client
+        from distributed import Client, KilledWorker, as_completed
     except ImportError:
         raise ImportError('backend: "dask" needs Dask; pip install "qoqlab[cluster]"') from None
-    from joblib import parallel_config
 
-    own = contextlib.nullcontext() if address is None else Client(address, timeout="10s", set_as_default=True)
-    if address is None:
+    own: contextlib.AbstractContextManager[Client]
+    if address is not None:
+        own = Client(address, timeout="10s")
+    else:
         try:
-            Client.current()
+            own = contextlib.nullcontext(Client.current())
         except ValueError:
             raise ValueError("address: None needs an active dask.distributed Client; pass the scheduler's") from None
-    with own, parallel_config("dask", wait_for_workers_timeout=30):
-        yield from _through_joblib(function, left)
+    with own as client:
+        client.wait_for_workers(1, timeout=30)
+        rounds = [left]
+        for batch in rounds:
+            waiting = {client.submit(_attempt, function, *point, pure=False): point for point in batch}
+            try:
+                for future in as_completed(waiting):
+                    try:
+                        yield future.result()
+                    except KilledWorker as error:
+                        if len(batch) > 1:  # the scheduler also blames points that only waited on the workers that died
+                            rounds.append([waiting[future]])
+                        else:
+                            yield waiting[future][0], _failure(error, float("nan"))
+            finally:  # a study that is interrupted leaves no work on the cluster
+                client.cancel(list(waiting))
 
 
 def _on_ray(function: Function, left: list[tuple[str, Settings]], address: str | None) -> Outcomes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -122,22 +124,55 @@ def test_results_that_no_row_can_hold_are_failures(value: object) -> None:
     assert table.error.notna().all()
 
 
-def test_a_worker_that_dies_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
-    out = tmp_path / "study.jsonl"
+def dying(folder: Path):
+    """A function whose point 3 ends its process until mended, and the points called so far."""
 
-    def dies(x):
-        if x == 3 and not (tmp_path / "mended").exists():
-            time.sleep(1)
+    def function(x):
+        (folder / f"{x}-{time.monotonic_ns()}").touch()
+        if x == 3 and not (folder / "mended").exists():
+            os._exit(3)
+        time.sleep(0.2)  # neighbours are at work when the pool breaks
+        return {"square": x * x, "process": os.getpid()}
+
+    def calls() -> list[int]:
+        return sorted(int(path.name.partition("-")[0]) for path in folder.iterdir() if "-" in path.name)
+
+    return function, calls
+
+
+def test_a_point_that_ends_its_process_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "calls").mkdir()
+    function, calls = dying(tmp_path / "calls")
+    out = tmp_path / "study.jsonl"
+    table = sweep({"x": [1, 2, 3, 4, 5]}, function, out=out, jobs=2, progress=False)
+    assert table.square.dropna().tolist() == [1, 4, 16, 25] and table.error.notna().tolist() == [x == 3 for x in table.x]
+    assert table.error[2].startswith("RuntimeError: the worker process of this point died (EXIT(3)): it was killed")
+    assert "TerminatedWorkerError" in table.traceback[2] and table.seconds[2] > 0
+    assert sorted(json.loads(line)["settings"]["x"] for line in out.read_text().splitlines()) == [1, 2, 3, 4, 5]
+    before = calls()
+    # again, dying: not in this process, though one point is left
+    assert sweep({"x": [1, 2, 3, 4, 5]}, function, out=out, jobs=2, progress=False).error.notna().sum() == 1
+    assert calls() == sorted([*before, 3])
+    (tmp_path / "calls" / "mended").touch()
+    table = sweep({"x": [1, 2, 3, 4, 5]}, function, out=out, jobs=2, progress=False)
+    assert table.square.tolist() == [1, 4, 9, 16, 25] and table.error.tolist() == [None] * 5
+    assert calls() == sorted([*before, 3, 3])
+
+
+def test_finished_points_are_not_repeated_when_a_worker_dies(tmp_path: Path) -> None:
+    def function(x):
+        (tmp_path / f"{x}-{time.monotonic_ns()}").touch()
+        if x == 3:
+            while not (list(tmp_path.glob("1-*")) and list(tmp_path.glob("2-*"))):
+                time.sleep(0.05)
+            time.sleep(1)  # until their results have arrived
             os.kill(os.getpid(), signal.SIGKILL)
         return x
 
-    with pytest.raises(RuntimeError, match="function: a worker process died"):
-        sweep({"x": [1, 2, 3, 4]}, dies, out=out, jobs=2, progress=False)
-    kept = len(out.read_text().splitlines())
-    assert kept >= 2
-    (tmp_path / "mended").touch()
-    assert sweep({"x": [1, 2, 3, 4]}, dies, out=out, jobs=2, progress=False).result.tolist() == [1, 2, 3, 4]
-    assert len(out.read_text().splitlines()) == 4
+    table = sweep({"x": [1, 2, 3]}, function, jobs=2, progress=False)
+    assert table.result.dropna().tolist() == [1, 2] and "died (SIGKILL(-9))" in table.error[2]
+    assert len(list(tmp_path.glob("1-*"))) == len(list(tmp_path.glob("2-*"))) == 1
+    assert len(list(tmp_path.glob("3-*"))) == 2  # in the pool, and by itself
 
 
 # --- the file -------------------------------------------------------------------------------------------------------------
@@ -269,6 +304,24 @@ def test_dask_with_two_workers(tmp_path: Path) -> None:
         with distributed.Client(cluster.scheduler_address):  # the active client is found without an address
             again = sweep(GRID, product, Backend.DASK, progress=False)
         assert again["product"].tolist() == [10, 20, 20, 40, 30, 60] and set(again.process) == workers
+
+
+@pytest.mark.parametrize("workers", [1, 2])  # with one, the others always wait beside the point that kills it
+def test_dask_with_a_point_that_ends_its_workers(workers: int, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed")
+    (tmp_path / "calls").mkdir()
+    function, calls = dying(tmp_path / "calls")
+    options = {"n_workers": workers, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with distributed.LocalCluster(**options, silence_logs=logging.CRITICAL) as cluster:
+        study = functools.partial(
+            sweep, {"x": [2, 3, 4]}, function, "dask", cluster.scheduler_address, tmp_path / "study.jsonl", progress=False
+        )
+        table = study()
+        assert table.square.dropna().tolist() == [4, 16] and table.error.notna().tolist() == [False, True, False]
+        assert "KilledWorker: Attempted to run task" in table.error[1] and "KilledWorker" in table.traceback[1]
+        before = calls()
+        (tmp_path / "calls" / "mended").touch()
+        assert study().square.tolist() == [4, 9, 16] and calls() == sorted([*before, 3])
 
 
 def test_dask_without_a_scheduler() -> None:
