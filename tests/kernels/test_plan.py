@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qoqlab_kernels import gemm
+from qoqlab_kernels import emulation, gemm
 from qoqlab_kernels import plan as exported
 from qoqlab_kernels.cases import BATCHES, LAYERS
 from qoqlab_kernels.gemm import SHARED_HALF, SHARED_LIMIT, Form, Ring, stages_that_fit
@@ -114,6 +115,7 @@ def test_the_older_versions_launch_what_covers_the_problem() -> None:
 # -- stream-K -------------------------------------------------------------------------------------------------------------
 
 
+@mock.patch.object(gemm.ptx, "quotient", emulation.quotient)  # the instruction itself runs on GPUs only
 @settings(deadline=None, max_examples=100)
 @given(tiles=st.integers(1, 40), k_blocks=st.integers(1, 30), data=st.data())
 def test_workers_divide_the_work(tiles: int, k_blocks: int, data: st.DataObject) -> None:
