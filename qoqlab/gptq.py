@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .checks import require_count
 from .schemes import Scales
 
 
@@ -36,7 +37,12 @@ def quantize(
     groups). Columns are visited by descending Hessian diagonal; dead columns (zero diagonal) are quantised as zeros. With a
     Hessian proportional to the identity the result is round-to-nearest. A row for which feedback does not lower the
     objective (a late column had to absorb more than it can represent) is rounded to nearest, so no row is ever worse.
+
+    Raises ValueError unless ``damp`` (a share of the Hessian's mean diagonal) and ``block_size`` are positive.
     """
+    require_count("block_size", block_size, 1)
+    if not damp > 0:
+        raise ValueError(f"damp: expected a number above 0, got {damp!r}")
     original = weight.float().clone()
     h = hessian.float().clone()
     dead = h.diagonal() == 0

@@ -19,6 +19,7 @@ from . import attention, capture, clipping, hadamard, online, transforms
 from . import gptq as gptq_module
 from .architecture import SITES, Architecture, Block, replace_parameter
 from .capture import Batch, Observation
+from .checks import require_count
 from .reference import QuantizedWeight
 from .schemes import Scheme, assemble, quantize_activations
 
@@ -182,6 +183,8 @@ def search_value_rotation(context: Context, count: int = 7, seed: int = 0) -> No
     Folded into v_proj and o_proj, so it costs nothing at run time. A search in place of the gradient descent by which
     SpinQuant (arXiv 2405.16406) learns this rotation.
     """
+    require_count("count", count, 0)
+    require_count("seed", seed, 0)
     form, block = context.scheme.weights, context.block
     generator = torch.Generator().manual_seed(seed)
     shape = (count, block.head_dim)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qoqlab import gptq
+from qoqlab import affine, gptq
 from qoqlab.grids import Zero
 from qoqlab.schemes import WeightFormat, WeightKind, assemble
 
@@ -140,3 +140,14 @@ def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse():
 def test_a_hessian_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="hessian: 4x4"):
         gptq.inverse_factor(torch.full((4, 4), float("nan")), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"damp": 0}, "damp: expected a number above 0, got 0"), ({"damp": -1.0}, "damp"), ({"block_size": 0}, "block_size")],
+)
+def test_wrong_parameters_are_named(options, message):
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    scales = affine.asymmetric_scales(weight)
+    with pytest.raises(ValueError, match=message):
+        gptq.quantize(weight, torch.eye(32), scales, **options)

@@ -295,3 +295,10 @@ def test_the_searched_rotation_spreads_outliers_of_values() -> None:
         errors.append(relative_error(logits(result.model, IDS), exact))
     assert errors[1] < 0.7 * errors[0]
     assert errors[2] == errors[0]  # without candidates nothing changes
+
+
+@pytest.mark.parametrize("parameters", [{"count": -1}, {"count": 1.5}, {"seed": "x"}])
+def test_the_searched_rotation_names_wrong_parameters(parameters) -> None:
+    recipe = only(Step(steps.search_value_rotation, parameters), scheme=Scheme(kv=UINT4))
+    with pytest.raises(ValueError, match=f"{next(iter(parameters))}: expected an integer of at least 0"):
+        quantize(build("llama"), recipe, IDS, progress=False)
