@@ -32,6 +32,16 @@ app = typer.Typer(
 )
 _T = TypeVar("_T", bound=Callable[..., None])
 _out, _err = Console(), Console(stderr=True)
+#: What `compare` prints -> under which name; the file has every column.
+_SHOWN = {
+    "method": "method",
+    "format": "format",
+    "perplexity": "ppl",
+    "gap": "gap",
+    "runtime_perplexity": "runtime",
+    "weight_bits": "W bits",
+    "kv_bits": "KV bits",
+}
 TINY, PLANTED = "tiny", "tiny-planted"
 BUNDLED = (TINY, PLANTED)
 #: Entries of a configuration by which the bundled model and its quantised or planted variants are recognised.
@@ -187,7 +197,8 @@ def compare(
     table = comparison.compare(recipe or str(preset), network, calibration, test)
     if out is not None:
         table.to_csv(out, index=False)
-    _show(table[["method", "format", "perplexity", "gap", "runtime_perplexity", "weight_bits", "kv_bits"]])
+    # short names, so that nothing is cut off in a terminal of 80 columns
+    _show(table[list(_SHOWN)].rename(columns=_SHOWN))
 
 
 @app.command()
