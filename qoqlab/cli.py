@@ -355,7 +355,9 @@ def _bar(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
 
 def _show(table: pd.DataFrame) -> None:
     """A DataFrame as a table on standard output."""
-    shown = Table(*map(str, table.columns))
+    shown = Table()
+    for name in table.columns:
+        shown.add_column(str(name), overflow="fold")  # a narrow terminal breaks names, it does not cut them off
     for row in table.itertuples(index=False):
         shown.add_row(*(f"{value:.5g}" if isinstance(value, float) else str(value) for value in row))
     _out.print(shown)
