@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import capture, outliers, recipes
-from .bundled import load_text, load_tiny, tokens
+from .bundled import load_text, load_tiny, spread, tokens
 from .comparison import Bench
 from .comparison import measure as measure_recipe
 from .pipeline import QuantizedModel, quantize
@@ -36,11 +36,6 @@ class Result:
 
     table: pd.DataFrame
     best: QuantizedModel
-
-
-def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` evenly spaced rows: neighbouring windows are about the same topic."""
-    return windows[:: max(1, len(windows) // count)][:count]
 
 
 def tour_recipes() -> list[Recipe]:

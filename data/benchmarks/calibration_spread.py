@@ -21,8 +21,9 @@ import torch
 import transformers
 
 import qoqlab
+from qoqlab.bundled import spread
 from qoqlab.evaluate import logits_sqnr_db
-from qoqlab.tour import ACTIVATION_RATIO, CALIBRATION_WINDOWS, KEY_RATIO, LENGTH, TEST_WINDOWS, spread
+from qoqlab.tour import ACTIVATION_RATIO, CALIBRATION_WINDOWS, KEY_RATIO, LENGTH, TEST_WINDOWS
 
 PRESETS = ("qoq-per-channel", "qoq-g128")
 DRAWS = 4

@@ -23,7 +23,8 @@ import torch
 import transformers
 
 import qoqlab
-from qoqlab.tour import ACTIVATION_RATIO, KEY_RATIO, LENGTH, TEST_WINDOWS, spread
+from qoqlab.bundled import spread
+from qoqlab.tour import ACTIVATION_RATIO, KEY_RATIO, LENGTH, TEST_WINDOWS
 
 CALIBRATION_WINDOWS = 16
 

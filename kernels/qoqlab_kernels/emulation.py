@@ -122,6 +122,11 @@ def nothing(*_: Any) -> None:
     """An instruction without an effect that a program could see."""
 
 
+def no_cluster(*_: Any) -> Any:
+    """An instruction that only kernels with clusters of blocks run; `launch.simulate` refuses those beforehand."""
+    raise RuntimeError("cluster: the simulator runs one block at a time")
+
+
 # -- addresses and plain memory -------------------------------------------------------------------------------------------
 
 
@@ -322,7 +327,7 @@ def barrier_arrive(at: int) -> None:
 
 def barrier_arrive_at(at: int, rank: Any) -> None:
     if int(rank):
-        raise NotImplementedError("the simulator has no clusters")
+        no_cluster()
     barrier_arrive(at)
 
 
@@ -351,18 +356,10 @@ def bulk_load(to: int, source: int, count: Any, at: int) -> None:
             block.lock.notify_all()
 
 
-def bulk_load_multicast(*_: Any) -> None:
-    raise NotImplementedError("the simulator has no clusters")
-
-
 cluster_sync = nothing
 
 
-def cluster_rank() -> np.uint32:
-    raise NotImplementedError("the simulator has no clusters")
-
-
-cluster_index = cluster_count = cluster_rank
+bulk_load_multicast = cluster_rank = cluster_index = cluster_count = no_cluster
 
 
 def named_barrier(number: Any, threads: Any) -> None:
