@@ -52,7 +52,8 @@ def test_v5(tokens: int, form: Form, n: int, tmp_path: Path) -> None:
     assert "SYNCS" in made.opcodes  # mbarriers
     assert ("USETMAXREG" in made.opcodes) == (tokens >= 128)
     if tokens >= 128:  # what the consumers claim must be there once the producers have given: else they wait for ever
-        give, take = (int(re.search(rf"setmaxnreg\.{what}\S* (\d+)", made.text)[1]) for what in ("dec", "inc"))
+        found = (re.search(rf"USETMAXREG\.{what}.*?(0x[0-9a-f]+)", made.listing) for what in ("DEALLOC", "TRY_ALLOC"))
+        give, take = (int(match[1], 16) for match in found)
         assert give <= made.registers <= take
         assert 128 * (plan.warpgroups * take + give) <= made.registers * program.threads
     assert "IMMA" not in made.opcodes and "LDGSTS" not in made.opcodes

@@ -432,6 +432,6 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path, monkeypatch: pytest.MonkeyP
     constants = (gemm.Form(2, bias=True),)
     _, first = launch.binary(gemm.v3, constants, CAPABILITY)
     assert [path.suffix for path in tmp_path.iterdir()] == [".cubin"]
-    monkeypatch.setattr(launch, "to_ptx", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(launch, "to_ltoir", lambda *_: pytest.fail("compiled again"))
     assert launch.binary(gemm.v3, constants, CAPABILITY)[1] == first
     assert os.listdir(tmp_path)

@@ -91,4 +91,4 @@ def test_without_numba_cuda_the_error_names_the_extra(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(launch, "_installed", lambda name: name != "numba-cuda")
     with pytest.raises(RuntimeError, match=r'pip install "qoqlab\[cu13\]".* or set NUMBA_ENABLE_CUDASIM=1'):
-        launch.to_ptx(gemm.v1(gemm.Form(1)), (8, 0))
+        launch.to_ltoir(gemm.v1(gemm.Form(1)), (8, 0))
