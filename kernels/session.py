@@ -37,7 +37,7 @@ if not hasattr(numpy, "row_stack"):  # numba-cuda 0.30 asks for it at import; Nu
     vars(numpy)["row_stack"] = numpy.vstack
 
 #: Step -> seconds it may take.
-STEPS = {"smoke": 90, "memcheck": 90, "racecheck": 90, "tune": 240, "bench": 150, "ncu": 60}
+STEPS = {"smoke": 90, "memcheck": 90, "racecheck": 90, "tune": 170, "bench": 150, "ncu": 60}
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from . import gemm
@@ -175,10 +175,22 @@ def _many_tokens(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int
     return Plan("v5", tokens, 2, gemm.stages_that_fit(tokens, 2, form.unit), cluster, workers)
 
 
+def _fitted(plan: Plan, form: gemm.Form) -> Plan:
+    """The plan with no more stages than leave its shared memory in the same half, quarter or whole."""
+    if plan.version != "v5":
+        return plan
+    used = gemm.Ring(plan.tokens, plan.warpgroups, gemm.Form(1).unit, plan.stages, plan.split).total
+    room = next(x for x in (gemm.SHARED_HALF // 2, gemm.SHARED_HALF, gemm.SHARED_LIMIT) if x >= used)
+    return replace(
+        plan, stages=min(plan.stages, gemm.stages_that_fit(plan.tokens, plan.warpgroups, form.unit, room, plan.split))
+    )
+
+
 def plan_for(m: int, n: int, k: int, form: gemm.Form, capability: tuple[int, int], processors: int, gpu: str = "") -> Plan:
     """The plan for a product on a GPU of ``processors`` multiprocessors: tuned if it was measured, else by `rules`."""
     version = version_for(capability)
-    found = tuned().get(key(gpu, m, n, k, form.groups))
-    if found and found["version"] == version:
-        return Plan(**found)
+    for groups in (form.groups, 1):  # what is best for groups of 128 is good for others, whose units have other scales
+        found = tuned().get(key(gpu, m, n, k, groups))
+        if found and found["version"] == version:
+            return _fitted(Plan(**found), form)
     return rules(version, m, n, blocks(k, 128), form, processors)

@@ -130,7 +130,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Find the fastest plans on this GPU.")
     parser.add_argument("--shapes", default="llama-3-8b", choices=sorted(bench.SHAPES), help="whose layers")
     parser.add_argument("--m", default=",".join(map(str, BATCHES)), help="numbers of tokens, powers of two")
-    parser.add_argument("--groups", default="128,channel", help=f"of {', '.join(bench.GROUPS)}, separated by commas")
+    parser.add_argument("--groups", default="128", help=f"of {', '.join(bench.GROUPS)}, separated by commas")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing new is begun")
     parser.add_argument(
         "--ship", type=Path, nargs="?", const=SHIPPED, help="also add to this table (default: the package's own)"
