@@ -23,7 +23,7 @@ LAYERS = [
     ["pipeline"],
     ["rebuild", "engine_files", "qserve_format", "deepcompressor", "compressed_tensors"],
     ["formats", "hf", "hf_quantizer", "evaluate"],
-    ["roofline", "sweeps", "comparison", "viz", "exercises"],
+    ["machines", "roofline", "sweeps", "comparison", "viz", "exercises"],
     ["widgets"],
     ["tour", "cli"],
 ]
