@@ -287,3 +287,57 @@ def _gain_db(recipe: recipes.Recipe, scheme: Scheme, activation_ratio: float = 1
         quantized = quantize(network, replace(recipe, scheme=scheme, steps=steps), ids[:2], progress=False, report=False)
         quality.append(logits_sqnr_db(exact, quantized, ids[2:]))
     return quality[1] - quality[0]
+
+
+def check_crossing(crossing: Callable[[float, float, float], float]) -> None:
+    """``crossing(bits, peak, bandwidth)`` -> tokens at which a GEMM stops waiting for its weights (bits per weight)."""
+    got = crossing(8, 200.0, 10.0)
+    assert got != 20, "an addition and a multiplication are two operations: M tokens need 2 * M of them per weight"
+    assert got != 80, "bits are not bytes: 8 bits are one byte to move"
+    assert got != 0.1, "upside down: more peak means that memory is the limit for longer, so peak is on top"
+    assert got == 10, f"1 byte a weight at 10 bytes/s takes 0.1 s, and so do 10 tokens at 2 operations each: 10, got {got}"
+    got = crossing(4, 624e12, 2.0e12)
+    assert abs(got - 78) < 1e-6, f"W4A8 on an A100 (624 TOP/s, 2 TB/s): 78 tokens, got {got:g}"
+    print("check_crossing: passed")
+
+
+def check_step_speedup(speedup: Callable[[dict[str, float], dict[str, float]], float]) -> None:
+    """``speedup(seconds, factors)`` -> how many times faster a step of parts gets if some parts get ``factors`` faster."""
+    seconds = {"linear": 6.0, "attention": 3.0}
+    got = speedup(seconds, {})
+    assert got == 1, f"no part changes, so the step does not: 1, got {got}"
+    got = speedup(seconds, {"linear": 3.0})
+    assert got not in (3, 2) and abs(got - 7 / 3) > 1e-9, "speed-ups do not average, not even by time; add up the new times"
+    assert abs(got - 5 / 9) > 1e-9, "old time over new time: more than 1 is faster"
+    assert got != 4.5, "attention still takes its 3 seconds; a part without a factor stays in the sum"
+    assert abs(got - 1.8) < 1e-9, f"6 / 3 + 3 = 5 seconds instead of 9: 1.8 times as fast, got {got}"
+    got = speedup(seconds, {"linear": 1e12})
+    assert abs(got - 3) < 1e-6, f"linear layers for free leave 3 of 9 seconds: at most 3 times, got {got}"
+    assert seconds == {"linear": 6.0, "attention": 3.0}, "leave the caller's times as they are"
+    print("check_step_speedup: passed")
+
+
+def check_unpack_budget(budget: Callable[[float, float, float], float]) -> None:
+    """``budget(lanes, bandwidth, bits)`` -> instructions per weight that hide behind reading it from memory."""
+    got = budget(100.0, 10.0, 8)
+    assert got != 80, "bandwidth counts bytes, and 8 bits are one of them: 10 weights arrive a second"
+    assert got != 0.1, "upside down: more lanes mean more instructions per weight"
+    assert got == 10, f"10 weights arrive a second, 100 instructions run: 10 for each, got {got}"
+    got = budget(100.0, 10.0, 4)
+    assert got != 20, "with half the bits twice as many weights arrive, so each has half the time"
+    assert got == 5, f"4 bits: 20 weights a second, 5 instructions each, got {got}"
+    print("check_unpack_budget: passed")
+
+
+def check_largest_batch(largest: Callable[[float, float, int, float], int]) -> None:
+    """``largest(memory, weights, context, per_token)`` -> sequences that fit beside the weights (bytes, tokens)."""
+    got = largest(1000, 400, 10, 20)
+    assert got != 5, "the weights are in that memory too: 600 bytes are left for the cache"
+    assert got != 30, "20 bytes are one token; a sequence of 10 of them takes 200"
+    assert got == 3, f"(1000 - 400) / (10 * 20) = 3, got {got}"
+    got = largest(1000, 450, 10, 20)
+    assert got == 2, f"550 / 200 = 2.75: only whole sequences fit, so 2, got {got}"
+    assert isinstance(got, int), f"a number of sequences is an int, got {type(got).__name__}"
+    got = largest(1000, 1200, 10, 20)
+    assert got == 0, f"the weights alone do not fit: no sequence, 0, got {got}"
+    print("check_largest_batch: passed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from .checks import require_count
@@ -127,9 +128,9 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Any, name: str = "") -> Geometry:
-        """From the config of a transformers model."""
+        """From the config of a transformers model; without a ``name``, the folder's it came from, or else its type."""
         return cls(
-            name or str(getattr(config, "_name_or_path", "") or config.model_type),
+            name or PurePath(getattr(config, "_name_or_path", "")).name or config.model_type,
             config.num_hidden_layers,
             config.hidden_size,
             config.num_attention_heads,

@@ -54,6 +54,22 @@ def frontier(bits, loss):
     return sorted((i for i, p in enumerate(points) if not beaten(p)), key=lambda i: bits[i])
 
 
+def crossing(bits, peak, bandwidth):
+    return bits / 8 / bandwidth * peak / 2
+
+
+def step_speedup(seconds, factors):
+    return sum(seconds.values()) / sum(value / factors.get(name, 1.0) for name, value in seconds.items())
+
+
+def unpack_budget(lanes, bandwidth, bits):
+    return lanes / (bandwidth / (bits / 8))
+
+
+def largest_batch(memory, weights, context, per_token):
+    return max(0, int((memory - weights) // (context * per_token)))
+
+
 ROTATE, SMOOTH = Step(steps.rotate), Step(steps.smooth_attention)
 
 
@@ -72,6 +88,10 @@ ANSWERS = [
     (exercises.check_key_ranking, key_ranking),
     (exercises.check_frontier, frontier),
     (exercises.check_recipe, recipe(ROTATE, SMOOTH)),
+    (exercises.check_crossing, crossing),
+    (exercises.check_step_speedup, step_speedup),
+    (exercises.check_unpack_budget, unpack_budget),
+    (exercises.check_largest_batch, largest_batch),
 ]
 
 
@@ -192,6 +212,30 @@ MISTAKES = [
     (exercises.check_recipe, recipe(SMOOTH), "loud activation channels"),
     (exercises.check_recipe, recipe(ROTATE), "loud key channels"),
     (exercises.check_recipe, recipe(Step(baselines.smooth_inputs)), "loud key channels"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: bits / 8 * peak / bandwidth, "two operations"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: bits * peak / bandwidth / 2, "bits are not bytes"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: 2 * bandwidth / peak / (bits / 8), "upside down"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: peak / bandwidth / 2, "78 tokens, got 156"),
+    (exercises.check_step_speedup, lambda s, f: sum(f.get(n, 1) for n in s) / len(s), "do not average"),
+    (
+        exercises.check_step_speedup,
+        lambda s, f: sum(t * f.get(n, 1) for n, t in s.items()) / sum(s.values()),
+        "do not average",
+    ),
+    (exercises.check_step_speedup, lambda s, f: 1 / step_speedup(s, f), "old time over new time"),
+    (
+        exercises.check_step_speedup,
+        lambda s, f: sum(s.values()) / sum(s[n] / f[n] for n in f) if f else 1,
+        "stays in the sum",
+    ),
+    (exercises.check_unpack_budget, lambda lanes, bandwidth, bits: lanes / bandwidth * bits, "bandwidth counts bytes"),
+    (exercises.check_unpack_budget, lambda lanes, bandwidth, bits: bandwidth / lanes / (bits / 8), "upside down"),
+    (exercises.check_unpack_budget, lambda lanes, bandwidth, bits: lanes / bandwidth / (bits / 8), "half the time"),
+    (exercises.check_largest_batch, lambda m, w, c, t: int(m // (c * t)), "weights are in that memory too"),
+    (exercises.check_largest_batch, lambda m, w, c, t: int((m - w) // t), "a sequence of 10"),
+    (exercises.check_largest_batch, lambda m, w, c, t: round((m - w) / (c * t)), "only whole sequences"),
+    (exercises.check_largest_batch, lambda m, w, c, t: int((m - w) // (c * t)), "no sequence, 0"),
+    (exercises.check_largest_batch, lambda m, w, c, t: float(max(0, (m - w) // (c * t))), "is an int"),
 ]
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     ["pipeline"],
     ["rebuild", "engine_files", "qserve_format", "deepcompressor", "compressed_tensors"],
     ["formats", "hf", "hf_quantizer", "evaluate"],
-    ["machines", "roofline", "sweeps", "comparison", "viz", "exercises"],
+    ["machines", "roofline", "sweeps", "comparison", "viz", "viz_serving", "viz_explorers", "explorers", "exercises"],
     ["widgets"],
     ["tour", "cli"],
 ]
@@ -85,7 +85,14 @@ def test_only_widgets_imports_ipywidgets():
 
 
 def test_only_figures_import_plotly():
-    assert {name for name in MODULES if "plotly" in roots(name)} <= {"viz", "widgets", "tour"}
+    assert {name for name in MODULES if "plotly" in roots(name)} <= {
+        "viz",
+        "viz_serving",
+        "viz_explorers",
+        "explorers",
+        "widgets",
+        "tour",
+    }
 
 
 def test_only_the_runtime_knows_the_kernels():

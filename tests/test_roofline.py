@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import qoqlab
 from qoqlab import roofline
 from qoqlab.machines import GPUS, MODELS, Geometry
 from qoqlab.roofline import PRECISIONS, Cores, Serving
@@ -157,3 +158,14 @@ def test_cores_are_an_enum():
 def test_a_geometry_need_not_have_heads_of_128():
     small = Geometry("small", 2, 64, 4, 2, 96, 100, head_dim=16)
     assert roofline.cache_bytes_per_token(small, PRECISIONS["W4A8KV4"]) == 2 * 2 * 2 * (8 + 4)
+
+
+def test_bytes_are_those_that_a_quantised_model_stores():
+    model, _ = qoqlab.load_tiny()
+    shape = Geometry.of(model.config)
+    norms = 2 * sum(p.numel() for name, p in model.named_parameters() if "norm" in name)  # fp16, not in a geometry
+    for name in ("rtn-w4a8kv4-g128", "rtn-w8a8"):
+        q = qoqlab.quantize(model, name, progress=False)
+        scheme = qoqlab.recipes.get(name).scheme
+        assert q.weight_bytes() == roofline.weight_bytes(shape, scheme) + norms
+        assert q.kv_bytes_per_token() == roofline.cache_bytes_per_token(shape, scheme)
