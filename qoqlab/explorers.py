@@ -149,20 +149,42 @@ class RecipeLab:
     _benches: dict[str, Bench] = field(default_factory=dict)
     _kept: dict[Any, tuple[dict[str, Any], pd.DataFrame]] = field(default_factory=dict)
 
+    def _bench(self, model: str) -> Bench:
+        if model not in self._benches:
+            self._benches[model] = Bench(self.models[model], self.calibration, {"test": self.test})
+        return self._benches[model]
+
     def _measure(self, model: str, recipe: Recipe) -> tuple[dict[str, Any], pd.DataFrame]:
-        key = (
-            model,
-            repr(recipe.scheme),
-            tuple((s.name, tuple(s.parameters.items())) for s in recipe.steps),
-        )
+        """What `comparison.measure` finds, and the report of a recipe with steps (an empty one otherwise)."""
+        key = (model, repr(recipe.scheme), tuple((s.name, tuple(s.parameters.items())) for s in recipe.steps))
         if key not in self._kept:
-            if model not in self._benches:
-                self._benches[model] = Bench(self.models[model], self.calibration, {"test": self.test})
-            rows, quantized = measure(recipe, self._benches[model], runtime=False, report=True)
-            if not recipe.steps:  # measured without calibration text, which a report of outputs needs
-                quantized = quantize(self.models[model], recipe, self.calibration, progress=False)
-            self._kept[key] = rows[0], quantized.report
+            rows, quantized = measure(recipe, self._bench(model), runtime=False, report=bool(recipe.steps))
+            self._kept[key] = rows[0], quantized.report if recipe.steps else pd.DataFrame()
         return self._kept[key]
+
+    def _row(self, model: str, recipe: Recipe) -> dict[str, str]:
+        facts, _ = self._measure(model, recipe)
+        return {
+            "recipe": recipe.name,
+            "format": facts["format"],
+            "perplexity": f"{facts['perplexity']:.2f}",
+            "lost to fp16": f"{facts['gap']:+.2f}",
+            "logits, dB": f"{facts['logits_sqnr_db']:.1f}",
+            "bits per weight": f"{facts['weight_bits']:.2f}",
+            "KV, bytes per token": f"{facts['kv_bytes_per_token']:.0f}",
+        }
+
+    def _exact(self, model: str) -> dict[str, str]:
+        cache = roofline.cache_bytes_per_token(Geometry.of(self.models[model].config), Scheme())
+        return {
+            "recipe": "fp16",
+            "format": str(Scheme()),
+            "perplexity": f"{self._bench(model).perplexities['test']:.2f}",
+            "lost to fp16": "",
+            "logits, dB": "exact",
+            "bits per weight": "16.00",
+            "KV, bytes per token": f"{cache:.0f}",
+        }
 
     def view(
         self,
@@ -190,22 +212,11 @@ class RecipeLab:
             (clip, Step(steps.clip, {"count": 6, "block_count": 2})),
         ]
         mine = Recipe("your recipe", scheme, tuple(step for wanted, step in chosen if wanted))
-        listed = [recipes.get("fp16"), Recipe("round to nearest", scheme), mine]
-        found = {recipe.name: self._measure(model, recipe) for recipe in listed}
-        rows = [
-            {
-                "recipe": name,
-                "format": facts["format"],
-                "perplexity": f"{facts['perplexity']:.2f}",
-                "lost to fp16": "" if name == "fp16" else f"{facts['gap']:+.2f}",
-                "logits, dB": "exact" if name == "fp16" else f"{facts['logits_sqnr_db']:.1f}",
-                "bits per weight": f"{facts['weight_bits']:.2f}",
-                "KV, bytes per token": f"{facts['kv_bytes_per_token']:.0f}",
-            }
-            for name, (facts, _) in found.items()
-        ]
-        title = f"{model} model, {scheme}: layer by layer"
-        return stage_map(found["your recipe"][1], title), pd.DataFrame(rows)
+        rows = [self._exact(model), self._row(model, Recipe("round to nearest", scheme)), self._row(model, mine)]
+        report = self._measure(model, mine)[1]
+        if not mine.steps:  # outputs are compared on calibration text, which a recipe without steps does not get
+            report = quantize(self.models[model], mine, self.calibration, progress=False).report
+        return stage_map(report, f"{model} model, {scheme}: layer by layer"), pd.DataFrame(rows)
 
 
 #: Precisions that the calculator compares.

@@ -46,7 +46,7 @@ def explore(figure: Callable[..., go.Figure], **ranges: Range) -> Panel:
     """
     parameters = inspect.signature(figure).parameters
     controls = {name: _control(name, values, parameters) for name, values in ranges.items()}
-    canvas = go.FigureWidget(figure(**{name: control.value for name, control in controls.items()}))
+    canvas = _canvas(figure(**{name: control.value for name, control in controls.items()}))
 
     def redraw(_change: object) -> None:
         _replace(canvas, figure(**{name: control.value for name, control in controls.items()}))
@@ -54,6 +54,13 @@ def explore(figure: Callable[..., go.Figure], **ranges: Range) -> Panel:
     for control in controls.values():
         control.observe(redraw, names="value")
     return Panel(getattr(figure, "__name__", "figure"), controls, canvas)
+
+
+def _canvas(figure: go.Figure) -> Any:
+    """A live figure that follows the width of the page."""
+    canvas = go.FigureWidget(figure)
+    canvas._config = {**canvas._config, "responsive": True}
+    return canvas
 
 
 def _replace(canvas: Any, fresh: go.Figure) -> None:
@@ -74,8 +81,12 @@ class Dashboard(ipywidgets.HBox):
     def __init__(self, name: str, controls: dict[str, Any], shown: tuple[Any, Any, Any]) -> None:
         self._name, self.controls = name, controls
         self.state, self.table, self.canvas = shown
-        left = ipywidgets.VBox([*controls.values()], layout={"min_width": "310px", "flex": "0 1 320px"})
-        right = ipywidgets.VBox([self.table, self.canvas, self.state], layout={"flex": "1 1 560px", "min_width": "420px"})
+        left = ipywidgets.VBox([*controls.values()], layout={"flex": "0 0 320px"})
+        # hidden overflow lets the figure shrink with a narrow page
+        picture = ipywidgets.Box([self.canvas], layout={"display": "block", "overflow": "hidden", "width": "100%"})
+        right = ipywidgets.VBox(
+            [self.table, picture, self.state], layout={"flex": "1 1 560px", "min_width": "0", "overflow": "hidden"}
+        )
         super().__init__([left, right], layout={"flex_flow": "row wrap"})
 
     def __repr__(self) -> str:
@@ -94,7 +105,7 @@ def dashboard(view: Callable[..., tuple[go.Figure, pd.DataFrame]], **ranges: Ran
     parameters = inspect.signature(view).parameters
     controls = {name: _control(name, values, parameters) for name, values in ranges.items()}
     figure, table = view(**{name: control.value for name, control in controls.items()})
-    canvas = go.FigureWidget(figure)
+    canvas = _canvas(figure)
     state, shown = ipywidgets.HTML(_state("ready")), ipywidgets.HTML(_table(table))
 
     def redraw(_change: object) -> None:
