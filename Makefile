@@ -29,13 +29,13 @@ app: setup  ## serve the explorers as web pages
 	$(BIN)/voila notebooks/explorers $(ARGS)
 
 site: setup  ## the course as web pages that work offline, in build/site
-	$(BIN)/python notebooks/site.py
+	$(BIN)/python -m qoqlab.site
 
 student: setup  ## a hand-out of the course without solutions, in build/student
-	$(BIN)/python notebooks/classroom.py student
+	$(BIN)/python -m qoqlab.classroom student
 
 grade: setup  ## check a submission: make grade NOTEBOOK=path/to/02_progressive_weights.ipynb
-	$(BIN)/python notebooks/classroom.py grade $(NOTEBOOK)
+	$(BIN)/python -m qoqlab.classroom grade $(NOTEBOOK)
 
 test: setup lint  ## everything CI runs: lint, unit tests, doctests, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -301,3 +301,24 @@ def test_an_explorer_answers_in_voila(chromium, voila, name, moves, wanted):
     # Voila's own page asks a CDN for an icon font; nothing of ours may
     assert [url for url in watched.elsewhere if "fontawesome" not in url] == []
     watched.page.close()
+
+
+def test_the_site_draws_figures_and_formulas_without_a_server(chromium, tmp_path):
+    from qoqlab import site
+
+    site.build(tmp_path)
+    page = chromium.new_page(viewport={"width": 1280, "height": 1000})
+    elsewhere, complaints = [], []
+    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or elsewhere.append(r.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "index.html").as_uri())
+    page.get_by_text("08 · Why W4A8KV4").click()
+    assert page.locator("math").first.bounding_box()["height"] > 5
+    figure = page.locator("figure.plotly").nth(1)  # it has a slider of its own
+    figure.scroll_into_view_if_needed()
+    before = title(figure)
+    figure.locator(".slider-rail-touch-rect").click()  # the middle of the rail
+    settle(page, lambda: title(figure) != before)
+    page.screenshot(path=SHOTS / "site.png")
+    assert elsewhere == [] and complaints == []
+    page.close()
