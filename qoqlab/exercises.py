@@ -341,3 +341,44 @@ def check_largest_batch(largest: Callable[[float, float, int, float], int]) -> N
     got = largest(1000, 1200, 10, 20)
     assert got == 0, f"the weights alone do not fit: no sequence, 0, got {got}"
     print("check_largest_batch: passed")
+
+
+def check_group_size(group_size: Callable[[list[int]], int | None]) -> None:
+    """``group_size(widths)`` -> the largest of 128, 64 and 32 that divides every row length, or None."""
+    got = group_size([512, 896])
+    assert got == 128, f"512 = 4 * 128 and 896 = 7 * 128, so groups of 128 fit, got {got}"
+    got = group_size([512, 960])
+    assert got != 128, "960 is 7.5 groups of 128; every row has to be whole groups, not only the first"
+    assert got == 64, f"960 = 15 * 64 and 512 = 8 * 64: 64, got {got}"
+    got = group_size([512, 100])
+    assert got is None, f"100 is no multiple of 128, 64 or 32: None, and scales per channel, got {got}"
+    got = group_size([96])
+    assert got == 32, f"96 = 3 * 32: 32, got {got}"
+    print("check_group_size: passed")
+
+
+def check_divergence(divergence: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
+    """``divergence(exact, rounded)`` -> mean KL divergence in nats of logits ``[positions, vocabulary]``."""
+    exact = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    rounded = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    got = float(divergence(exact, exact + 3))
+    assert abs(got) < 1e-6, f"a constant added to all logits changes no probability: 0, got {got:g} (softmax is missing)"
+    got = float(divergence(exact, rounded))
+    forward, backward = 0.14384, 0.13081
+    assert abs(got - forward) > 1e-4, "average over the positions; the second one, without any error, counts as well"
+    assert abs(got + forward / 2) > 1e-4, "the sign: log p - log q, weighted by p, is never negative in sum"
+    assert abs(got - backward / 2) > 1e-4, "weight by the exact probabilities: that is KL(exact, rounded), not the reverse"
+    assert abs(got - forward / 4) > 1e-4, "sum over the vocabulary, and average over positions alone"
+    assert abs(got - forward / 2) < 1e-4, f"0.1438 nats at one of two positions: {forward / 2:.4f}, got {got:.4f}"
+    print("check_divergence: passed")
+
+
+def check_compression(compression: Callable[[list[tuple[int, float, float]]], float]) -> None:
+    """``compression([(values, bits_before, bits_after), ...])`` -> how many times smaller all of it is."""
+    got = compression([(100, 16, 4)])
+    assert got != 0.25, "before over after: more than 1 is smaller"
+    assert got == 4, f"16 bits become 4: 4 times smaller, got {got}"
+    got = compression([(300, 16, 4), (100, 16, 16)])
+    assert got not in (2.5, 3.25), "ratios do not average, not even by count; divide the sum before by the sum after"
+    assert abs(got - 6400 / 2800) < 1e-9, f"6400 bits become 2800: {6400 / 2800:.3f} times smaller, got {got:g}"
+    print("check_compression: passed")

@@ -100,3 +100,23 @@ def stage_map(report: pd.DataFrame, title: str) -> go.Figure:
     )
     _layout(figure, title, "after the stage", "output SQNR (dB), higher is better")
     return figure.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False)
+
+
+def next_tokens(table: pd.DataFrame, title: str) -> go.Figure:
+    """What models expect next: one group of bars per token, one colour per model.
+
+    ``table``: columns ``token`` (as shown, in order), ``model`` and ``probability``. As many traces as models.
+    """
+    figure = go.Figure()
+    for index, model in enumerate(dict.fromkeys(table["model"])):
+        part = table[table["model"] == model]
+        figure.add_bar(
+            x=_numbers([100 * float(p) for p in part["probability"]]),
+            y=part["token"].to_list(),
+            orientation="h",
+            name=model,
+            marker={"color": PALETTE[index % len(PALETTE)]},
+            hovertemplate=f"%{{y}}, {model}: %{{x:.1f}} %<extra></extra>",
+        )
+    _layout(figure, title, "probability (%)", "next token", barmode="group", legend=_legend_above(), height=440)
+    return figure.update_yaxes(autorange="reversed", showgrid=False)

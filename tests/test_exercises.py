@@ -70,6 +70,19 @@ def largest_batch(memory, weights, context, per_token):
     return max(0, int((memory - weights) // (context * per_token)))
 
 
+def group_size(widths):
+    return next((size for size in (128, 64, 32) if all(width % size == 0 for width in widths)), None)
+
+
+def kl(exact, rounded):
+    p, q = exact.log_softmax(-1), rounded.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def compression(parts):
+    return sum(n * before for n, before, _ in parts) / sum(n * after for n, _, after in parts)
+
+
 ROTATE, SMOOTH = Step(steps.rotate), Step(steps.smooth_attention)
 
 
@@ -92,6 +105,9 @@ ANSWERS = [
     (exercises.check_step_speedup, step_speedup),
     (exercises.check_unpack_budget, unpack_budget),
     (exercises.check_largest_batch, largest_batch),
+    (exercises.check_group_size, group_size),
+    (exercises.check_divergence, lambda exact, rounded: kl(exact, rounded).mean()),
+    (exercises.check_compression, compression),
 ]
 
 
@@ -236,6 +252,26 @@ MISTAKES = [
     (exercises.check_largest_batch, lambda m, w, c, t: round((m - w) / (c * t)), "only whole sequences"),
     (exercises.check_largest_batch, lambda m, w, c, t: int((m - w) // (c * t)), "no sequence, 0"),
     (exercises.check_largest_batch, lambda m, w, c, t: float(max(0, (m - w) // (c * t))), "is an int"),
+    (exercises.check_group_size, lambda widths: group_size(widths[:1]), "not only the first"),
+    (exercises.check_group_size, lambda widths: group_size(widths) or 32, "None"),
+    (exercises.check_group_size, lambda widths: min(widths), "groups of 128 fit"),
+    (
+        exercises.check_group_size,
+        lambda widths: next((g for g in (128, 64) if not any(w % g for w in widths)), None),
+        "3 . 32",
+    ),
+    (exercises.check_divergence, lambda p, q: (p.exp() * (p - q)).sum(-1).mean(), "softmax is missing"),
+    (exercises.check_divergence, lambda p, q: kl(p, q).sum(), "average over the positions"),
+    (exercises.check_divergence, lambda p, q: -kl(p, q).mean(), "the sign"),
+    (exercises.check_divergence, lambda p, q: kl(q, p).mean(), "not the reverse"),
+    (exercises.check_divergence, lambda p, q: kl(p, q).mean() / 2, "sum over the vocabulary"),
+    (exercises.check_compression, lambda parts: 1 / compression(parts), "more than 1 is smaller"),
+    (exercises.check_compression, lambda parts: sum(b / a for _, b, a in parts) / len(parts), "do not average"),
+    (
+        exercises.check_compression,
+        lambda parts: sum(n * b / a for n, b, a in parts) / sum(n for n, *_ in parts),
+        "do not average",
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ SERVED = pd.DataFrame(
 )
 COST = pd.DataFrame({"name": ["m", "m"], "group": ["s", "t"], "value": [0.1, 1.0]})
 REPORT = pd.DataFrame({"layer": [0, 1] * 2, "stage": ["rtn"] * 2 + ["clip_it"] * 2, "output_sqnr_db": [10.0, 11, 12, 13]})
+EXPECTED = pd.DataFrame({"token": ["a", "b"] * 2, "model": ["x", "x", "y", "y"], "probability": [0.6, 0.4, 0.5, 0.5]})
 VALUES = torch.randn(64, generator=torch.Generator().manual_seed(0))
 
 FIGURES = {
@@ -33,6 +34,7 @@ FIGURES = {
     "published_and_bound": lambda: viz_serving.published_and_bound(SERVED, "title"),
     "bars": lambda: viz_serving.bars(COST, "title", "model", "cost in dollars"),
     "grid_and_error": lambda: viz_explorers.grid_and_error(VALUES, torch.arange(-3, 4), VALUES.view(8, 8), "title"),
+    "next_tokens": lambda: viz_explorers.next_tokens(EXPECTED, "title"),
     "stage_map": lambda: viz_explorers.stage_map(REPORT, "title"),
 }
 
