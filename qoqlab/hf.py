@@ -122,7 +122,7 @@ def cache_keyword() -> str:
 
 
 class KV4Cache(Cache):
-    """4-bit KV cache for ``model.generate(..., cache=KV4Cache())`` (see `cache_keyword`); any model with a dynamic cache takes it.
+    """4-bit KV cache for ``model.generate(..., cache=KV4Cache())`` (see `cache_keyword`), with any dynamic cache.
 
     Another unsigned grid, such as `grids.UINT8`, makes it a cache of that many bits, for comparison; a `kv.KVFormat` may
     scale keys per channel. One that rotates keys needs a quantised model, whose attention rotates queries too.
