@@ -382,3 +382,28 @@ def check_compression(compression: Callable[[list[tuple[int, float, float]]], fl
     assert got not in (2.5, 3.25), "ratios do not average, not even by count; divide the sum before by the sum after"
     assert abs(got - 6400 / 2800) < 1e-9, f"6400 bits become 2800: {6400 / 2800:.3f} times smaller, got {got:g}"
     print("check_compression: passed")
+
+
+def check_unpack_word(unpack: Callable[[int], tuple[int, int]]) -> None:
+    """``unpack(word)`` -> two 32-bit words: the four low nibbles, and the four high ones, each in a byte of its own."""
+    got = unpack(0x12345678)
+    assert tuple(got) != (0x5678, 0x1234), "halves of the word are not its nibbles: every byte holds one code of each kind"
+    assert got[0] == 0x02040608, f"low nibbles of 12 34 56 78 are 2, 4, 6, 8: 0x02040608, got {got[0]:#010x}"
+    assert got[1] != 0x10305070, "the high nibbles are still in their high places: shift right by 4, then mask"
+    assert got[1] != 0x01234567, "after the shift each byte also holds its neighbour's nibble: mask again"
+    assert got[1] == 0x01030507, f"high nibbles of 12 34 56 78 are 1, 3, 5, 7: 0x01030507, got {got[1]:#010x}"
+    got = unpack(0xF0F0F0F0)
+    assert tuple(got) == (0, 0x0F0F0F0F), f"0xF0F0F0F0 is four zeros and four 15s, got {[f'{g:#010x}' for g in got]}"
+    print("check_unpack_word: passed")
+
+
+def check_unsigned_word(decode: Callable[[int, int, int], int]) -> None:
+    """``decode(word, scale, zero)`` -> ``code * scale + (128 - zero * scale)`` in every byte, by one 32-bit multiply-add."""
+    got = decode(0x00000005, 3, 1)
+    assert got != 0x8C, "the offset belongs into all four bytes, since code 0 is a weight too: multiply it by 0x01010101"
+    assert got & 0xFF != 12, "128 is missing: bytes stay unsigned, 128 too large, and the epilogue takes it out"
+    assert got == 0x7D7D7D8C, f"codes 5, 0, 0, 0 with scale 3, zero 1: 0x7d7d7d8c, got {got:#010x}"
+    got = decode(0x0F0F0F0F, 16, 8)
+    assert got == 0xF0F0F0F0, f"the largest there is: 15 * 16 + 128 - 8 * 16 = 240 in each byte, got {got:#x}"
+    assert decode(0, 16, 8) == 0, f"the smallest: 0 * 16 + 128 - 128 = 0, got {decode(0, 16, 8):#x}"
+    print("check_unsigned_word: passed")

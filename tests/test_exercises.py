@@ -83,6 +83,14 @@ def compression(parts):
     return sum(n * before for n, before, _ in parts) / sum(n * after for n, _, after in parts)
 
 
+def unpack_word(word):
+    return word & 0x0F0F0F0F, word >> 4 & 0x0F0F0F0F
+
+
+def unsigned_word(word, scale, zero):
+    return word * scale + (128 - zero * scale) * 0x01010101
+
+
 ROTATE, SMOOTH = Step(steps.rotate), Step(steps.smooth_attention)
 
 
@@ -108,6 +116,8 @@ ANSWERS = [
     (exercises.check_group_size, group_size),
     (exercises.check_divergence, lambda exact, rounded: kl(exact, rounded).mean()),
     (exercises.check_compression, compression),
+    (exercises.check_unpack_word, unpack_word),
+    (exercises.check_unsigned_word, unsigned_word),
 ]
 
 
@@ -272,6 +282,13 @@ MISTAKES = [
         lambda parts: sum(n * b / a for n, b, a in parts) / sum(n for n, *_ in parts),
         "do not average",
     ),
+    (exercises.check_unpack_word, lambda word: (word & 0xFFFF, word >> 16), "halves of the word"),
+    (exercises.check_unpack_word, lambda word: (word & 0x0F0F0F0F, word & 0xF0F0F0F0), "shift right by 4"),
+    (exercises.check_unpack_word, lambda word: (word & 0x0F0F0F0F, word >> 4), "mask again"),
+    (exercises.check_unpack_word, lambda word: (word >> 4 & 0x0F0F0F0F, word & 0x0F0F0F0F), "low nibbles of"),
+    (exercises.check_unsigned_word, lambda w, s, z: w * s + (128 - z * s), "all four bytes"),
+    (exercises.check_unsigned_word, lambda w, s, z: (w * s - z * s * 0x01010101) & 0xFFFFFFFF, "128 is missing"),
+    (exercises.check_unsigned_word, lambda w, s, z: (w - z * 0x01010101) * s & 0xFFFFFFFF, "128 is missing"),
 ]
 
 

@@ -23,12 +23,23 @@ LAYERS = [
     ["pipeline"],
     ["rebuild", "engine_files", "qserve_format", "deepcompressor", "compressed_tensors"],
     ["formats", "hf", "hf_quantizer", "evaluate"],
-    ["machines", "roofline", "sweeps", "comparison", "viz", "viz_serving", "viz_explorers", "explorers", "exercises"],
+    [
+        "machines",
+        "roofline",
+        "sweeps",
+        "comparison",
+        "viz",
+        "viz_serving",
+        "viz_explorers",
+        "viz_kernels",
+        "explorers",
+        "exercises",
+    ],
     ["widgets"],
     ["tour", "cli", "classroom", "site"],
 ]
 #: Modules that may import plotly.
-FIGURES = {"viz", "viz_serving", "viz_explorers", "explorers", "widgets", "tour", "site"}
+FIGURES = {"viz", "viz_serving", "viz_explorers", "viz_kernels", "explorers", "widgets", "tour", "site"}
 ORDER = [name for layer in LAYERS for name in layer]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
