@@ -78,7 +78,9 @@ def prepare(notebook: Any) -> Any:
     """The notebook with figures, formulas and links made for a page; the argument is changed."""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(\]\((?!https?:)[^)]+)\.ipynb", r"\1.html", formulas(cell.source))
+            # files of the repository that are no notebooks are not part of the site: their names stay, as text
+            text = re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]+\.md\)", r"\1", formulas(cell.source))
+            cell.source = re.sub(r"(\]\((?!https?:)[^)]+)\.ipynb", r"\1.html", text)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             live = _LIVE.match(data.get("text/plain", ""))
