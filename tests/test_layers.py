@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qoqlab"
 
 #: Top to bottom. A module may import from every line above, and from names further left on its own line.
 LAYERS = [
-    ["grids", "checks", "tensorfile"],
+    ["grids", "checks", "tensorfile", "progress"],
     ["affine", "packing"],
     ["progressive", "grouped", "kv", "hadamard", "transforms"],
     ["reference"],
@@ -23,12 +23,13 @@ LAYERS = [
     ["pipeline"],
     ["rebuild", "engine_files", "qserve_format", "deepcompressor", "compressed_tensors"],
     ["formats", "hf", "hf_quantizer", "evaluate"],
-    ["machines", "roofline", "sweeps", "comparison", "viz", "viz_serving", "viz_explorers", "explorers", "exercises"],
+    ["machines", "roofline", "sweeps", "comparison", "viz", "viz_serving", "viz_explorers", "viz_methods", "explorers"],
+    ["exercises_methods", "exercises"],
     ["widgets"],
     ["tour", "cli", "classroom", "site"],
 ]
 #: Modules that may import plotly.
-FIGURES = {"viz", "viz_serving", "viz_explorers", "explorers", "widgets", "tour", "site"}
+FIGURES = {"viz", "viz_serving", "viz_explorers", "viz_methods", "explorers", "widgets", "tour", "site"}
 ORDER = [name for layer in LAYERS for name in layer]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
