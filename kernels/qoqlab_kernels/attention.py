@@ -1,22 +1,18 @@
 """Decode attention over a paged KV4 cache: one query token of every sequence against its cached keys and values.
 
-The ladder. Every version reads the same pages (`cache`) and computes softmax in fp32.
-
-v1  one thread per query head: finds its nibbles by formula, one number at a time
-v2  one warp per query head: channels spread over the lanes, online softmax in registers
-v3  one warp per query head reads whole words: two codes at a time by fp16's magic number, packed multiplications
-v4  tensor cores (mma.sync m16n8k16), scale and zero taken out by linearity, the query heads of a group on the n side, pages
-    through a ring of asynchronous copies (bulk copies on Hopper), work divided evenly over persistent blocks. sm_80 and newer
+`v4` works on tensor cores (mma.sync m16n8k16): scale and zero are taken out by linearity, the query heads of a group are on
+the n side, pages come through a ring of asynchronous copies (bulk copies on Hopper), and the work is divided evenly over
+persistent blocks. For sm_80 and newer. Softmax is computed in fp32.
 
 Linearity. A token's key is ``s (code - z)``, the same s and z for all its channels, so
 
     q . k = s (q . code - z sum(q))          one tensor-core product with plain codes, one multiplication a token
-    sum_t p_t v_t = sum_t (p_t s_t) code_t - sum_t p_t s_t z_t          the scale goes into p, the zeros into one number a head
+    sum_t p_t v_t = sum_t (p_t s_t) code_t - sum_t p_t s_t z_t      the scale goes into p, the zeros into a number a head
 
-Codes as numbers, for nothing. A nibble in the lowest bits of an fp16 word is the subnormal number ``code * 2^-24``, one four
-bits higher ``code * 2^-20``. Tensor cores take subnormals as what they are and sum in fp32, so eight codes take one shift and
-four ANDs; the powers of two leave in the epilogue. Nothing large is ever added, so nothing has to cancel, at any length. (The
-usual magic number, 1024 + code, makes every sum 1024 times the sum of probabilities too large.)
+Codes as numbers, for nothing. A nibble in the lowest bits of an fp16 word is the subnormal number ``code * 2^-24``, one
+four bits higher ``code * 2^-20``. Tensor cores take subnormals as what they are and sum in fp32, so eight codes take one
+shift and four ANDs; the powers of two leave in the epilogue. Nothing large is ever added, so nothing has to cancel, at any
+length. (The usual magic number, 1024 + code, makes every sum 1024 times the sum of probabilities too large.)
 
 Work. The units are (sequence, kv head, page), in that order; every block takes an equal run of them, found from the lengths
 on the device, so the grid stays while sequences grow. A (sequence, head) that several blocks share is merged by whichever of
@@ -93,8 +89,8 @@ def page_range(length, window):
 
 
 def capper(form: Form) -> Callable:
-    """Device function: what softmax's powers of two take, from the logit: soft-capped, ``cap tanh(x / cap) log2(e)``, or, where
-    the log2(e) is in its factor already, the number itself."""
+    """Device function: what softmax's powers of two take, from the logit: soft-capped, ``cap tanh(x / cap)
+    log2(e)``, or, where the log2(e) is in its factor already, the number itself."""
     capped = form.capped
 
     @device
@@ -538,8 +534,8 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
     @device
     def finish(base, out, parts, counters, index, b, head, heads, whole, start, count, side, worker, quotient, remainder,
                thread):  # fmt: skip
-        """The block's result of a segment to where it belongs: out if it is the whole, else a place for partial ones; whoever
-        comes last merges those."""
+        """The block's result of a segment to where it belongs: out if it is the whole, else a place for partial ones;
+        whoever comes last merges those."""
         kv_head = ptx.quotient(head, u32(splits))
         split = u32(head - kv_head * u32(splits))
         valid = u32(min(u32(share), u32(u32(group) - split * u32(share))))

@@ -1,12 +1,11 @@
 """Benchmark of the kernels beside their bounds and their peers, on this machine's GPU.
 
     python -m qoqlab_kernels.bench gemm --json data/benchmarks/gemm.json
-
     python -m qoqlab_kernels.bench kv4_decode --json data/benchmarks/kv4_decode.json
 
-times decode attention over a KV4 cache (`bench_decode`). The first times the W4A8 GEMM on the four linear layers of a Llama-3-8B block. Every result is compared with an exact reference,
-element by element, before it is timed and while; every peer with fp64, to its own precision. kernels/README.md says how to
-read the output.
+The first times the W4A8 GEMM on the four linear layers of a Llama-3-8B block. Every result is compared with an exact
+reference, element by element, before it is timed and while; every peer with fp64, to its own precision. The second times
+decode attention over a KV4 cache (`bench_decode`). kernels/README.md says how to read the output.
 """
 
 from __future__ import annotations

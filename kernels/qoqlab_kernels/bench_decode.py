@@ -1,8 +1,8 @@
 """Benchmark of decode attention over a KV4 cache: ``python -m qoqlab_kernels.bench kv4_decode``.
 
-Every result is compared with the fp32 reference on the dequantised cache before it is timed and after; peers, fp16 attention
-by torch's flash and cuDNN kernels over a cache of the same shape, run in the same process. kernels/README.md says how to read
-the output.
+Every result is compared with the fp32 reference on the dequantised cache before it is timed and after; peers, fp16
+attention by torch's flash and cuDNN kernels over a cache of the same shape, run in the same process. kernels/README.md says
+how to read the output.
 """
 
 from __future__ import annotations
@@ -99,14 +99,12 @@ class Operands:
         """One launch for every layer."""
         c, scale = self.cache, self.cache.head_dim**-0.5
         return [
-            partial(
-                decode.run, plan, form, query, c.data, c.tables, c.lengths, self.batch, out, (layer, scale, 0, 0.0)
-            )
+            partial(decode.run, plan, form, query, c.data, c.tables, c.lengths, self.batch, out, (layer, scale, 0, 0.0))
             for layer, (query, out) in enumerate(zip(self.queries, outputs, strict=True))
         ]
 
     def worst_error(self, outputs: Sequence[torch.Tensor]) -> float:
-        """Largest relative error of some sequences of the first and the last layer, infinite where a result is not finite."""
+        """Largest relative error of some sequences of the first and last layer, infinite for results that are not."""
         count = len(self.batch)
         worst = 0.0
         for layer in (0, len(outputs) - 1):

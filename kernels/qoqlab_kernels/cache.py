@@ -248,10 +248,7 @@ class PagedKV4:
         Raises TypeError or ValueError naming the argument.
         """
         layer = self._layer(layer)
-        if isinstance(sequences, torch.Tensor):
-            owners = self._batch(sequences)
-        else:
-            owners = self.batch(sequences)
+        owners = self._batch(sequences) if isinstance(sequences, torch.Tensor) else self.batch(sequences)
         if counts is None:
             back = torch.ones_like(owners)
         else:

@@ -24,7 +24,7 @@ SMALL_SHARED = (102400, 101376)
 @dataclass(frozen=True)
 class DecodePlan:
     """How one launch runs. ``warps`` a block, ``stages`` pages in a warp's ring, ``workers`` blocks, ``bulk``: Hopper's
-    copies. v1 to v3 use none of these."""
+    copies."""
 
     version: str = "v4"
     warps: int = 4
@@ -34,11 +34,7 @@ class DecodePlan:
 
     def constants(self, form: Form) -> tuple:
         """What the version's builder takes."""
-        return (form, self.warps, self.stages, self.bulk) if self.version == "v4" else (form,)
-
-    def grid(self, batch: int, kv_heads: int, form: Form) -> tuple[int, int, int]:
-        """Blocks of the launch."""
-        return (self.workers, 1, 1) if self.version == "v4" else (batch * kv_heads * form.group, 1, 1)
+        return (form, self.warps, self.stages, self.bulk)
 
 
 def plan_decode(batch: int, kv_heads: int, form: Form, capability: tuple[int, int], processors: int) -> DecodePlan:
@@ -72,7 +68,7 @@ def kv4_attention(
     to ``head_dim ** -0.5``; ``window``: only the last so many tokens are seen; ``softcap``: logits become
     ``softcap * tanh(logit / softcap)``. Returns [B, Hq, head_dim] in ``query``'s dtype; zeros for a sequence without tokens.
 
-    Equals `qoqlab.reference.kv4_attention` on the dequantised cache up to rounding: relative error below 2e-3 at every length
+    Equals `qoqlab.reference.kv4_attention` on the dequantised cache up to rounding: relative error at most 2e-3 at any length
     (paper section 5.3). Runs on torch's current stream, waits for nothing, may be captured in a CUDA graph whose replays see
     new lengths, and used under torch.compile.
 
@@ -162,8 +158,7 @@ def run(
         u8, u16, u32 = torch.uint8, torch.uint16, torch.uint32
         kinds = (u16, u8, u32, u32, u32, u16, u8, u32)
         arguments = [tensor.view(kind) for tensor, kind in zip(arguments, kinds, strict=True)]
-    grid = plan.grid(len(batch), kv_heads, form)
-    matmul._run(attention.VERSIONS[plan.version], plan.constants(form), grid, [*arguments, *sizes])
+    matmul._run(attention.VERSIONS[plan.version], plan.constants(form), (plan.workers, 1, 1), [*arguments, *sizes])
 
 
 @torch.library.custom_op("qoqlab::kv4_attention", mutates_args=())

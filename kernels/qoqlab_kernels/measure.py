@@ -218,7 +218,7 @@ def compile_all(
 def compile_ahead(
     wanted: Iterable[tuple[Plan, gemm.Form]], capability: tuple[int, int], processes: int = 0
 ) -> dict[tuple[str, tuple], str]:
-    """Compile the GEMM's kernels of plans (`compile_all`). Returns what would not compile: (version, constants) -> message."""
+    """Compile the GEMM's kernels of plans (`compile_all`). Returns what would not: (version, constants) -> message."""
     jobs = list(dict.fromkeys((plan.version, plan.constants(form)) for plan, form in wanted))
     messages = compile_all([(gemm.VERSIONS[version], constants) for version, constants in jobs], capability, processes)
     return {job: message for job, message in zip(jobs, messages, strict=True) if message}
