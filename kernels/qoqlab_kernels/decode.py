@@ -68,8 +68,8 @@ def kv4_attention(
     to ``head_dim ** -0.5``; ``window``: only the last so many tokens are seen; ``softcap``: logits become
     ``softcap * tanh(logit / softcap)``. Returns [B, Hq, head_dim] in ``query``'s dtype; zeros for a sequence without tokens.
 
-    Equals `qoqlab.reference.kv4_attention` on the dequantised cache up to rounding: relative error at most 2e-3 at any length
-    (paper section 5.3). Runs on torch's current stream, waits for nothing, may be captured in a CUDA graph whose replays see
+    Equals `qoqlab.reference.kv4_attention` on the dequantised cache up to rounding: relative error at most 2e-3 at any
+    length (paper section 5.3). Runs on torch's current stream, waits for nothing, may be captured in a CUDA graph whose replays see
     new lengths, and used under torch.compile.
 
     Raises TypeError or ValueError naming the argument; RuntimeError on GPUs below compute capability 8.0.

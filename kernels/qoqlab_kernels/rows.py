@@ -45,7 +45,7 @@ def row_writer(dim: int) -> Callable:
         scale = ptx.round_half(step)
         if scale == f32(0.0):
             scale = f32(1.0)
-        zero = ptx.round_half(ptx.divide(ptx.subtract(f32(0.0), low), scale))
+        zero = ptx.round_half(ptx.divide(ptx.multiply(low, f32(-1.0)), scale))
         step16, q = u32(lane >> u32(2)), u32(lane & u32(3))  # 16 channels; four of them: 2 q, 2 q + 1 and both plus 8
         row, high_row = u32(token & u32(7)), u32((token >> u32(3)) & u32(1))
         at = u32((token >> u32(4)) * u32(8 * dim) + (step16 >> u32(2)) * u32(512) + (step16 & u32(3)) * u32(4))
