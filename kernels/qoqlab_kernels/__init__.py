@@ -8,6 +8,7 @@ Needs numba-cuda (``pip install "qoqlab[cu13]"``) and a GPU of compute capabilit
 simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
 
+from .cache import PagedKV4
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
 from .matmul import plan, quantize_activations, w4a8_gemm
@@ -16,6 +17,7 @@ from .plan import Plan
 __all__ = [
     "Activations",
     "PackedWeight",
+    "PagedKV4",
     "Plan",
     "lane_map",
     "pack_weight",
