@@ -8,6 +8,7 @@ Needs numba-cuda (``pip install "qoqlab[cu13]"``) and a GPU of compute capabilit
 simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
 
+from .attention import kv4_attention
 from .cache import PagedKV4
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
@@ -19,6 +20,7 @@ __all__ = [
     "PackedWeight",
     "PagedKV4",
     "Plan",
+    "kv4_attention",
     "lane_map",
     "pack_weight",
     "plan",
