@@ -25,17 +25,18 @@ WARPS, MOST_STAGES = 4, 4
 @dataclass(frozen=True)
 class AttentionPlan:
     """Which kernel and how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies, ``blocks``
-    in the grid."""
+    in the grid, ``overlap`` with the previous kernel's end."""
 
     version: str
     warps: int = 0
     stages: int = 0
     bulk: bool = False
     blocks: int = 0
+    overlap: bool = False
 
     def constants(self, form: Form) -> tuple:
         """What the kernel of this version is built from."""
-        return (form,) if self.version == "v1" else (form, self.warps, self.stages, self.bulk)
+        return (form,) if self.version == "v1" else (form, self.warps, self.stages, self.bulk, self.overlap)
 
 
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
@@ -46,7 +47,8 @@ def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block
         limit = min(per_block, per_processor // residents - 1024)
         stages = min(MOST_STAGES, (limit - Ring(form, WARPS, 0).total) // each)
         if stages >= (3 if residents == 2 else 1):
-            return AttentionPlan("v4", WARPS, stages, capability >= (9, 0), processors * residents)
+            hopper = capability >= (9, 0)
+            return AttentionPlan("v4", WARPS, stages, hopper, processors * residents, hopper)
     raise ValueError(f"page_size: pages of {form.page_size} tokens do not fit in {per_block} bytes of shared memory")
 
 

@@ -151,6 +151,10 @@ def lds1(at: int) -> np.uint32:
     return _load(_block().shared_bytes(at, 4, 4))[0]
 
 
+def lds2(at: int) -> tuple:
+    return _load(_block().shared_bytes(at, 8, 8))
+
+
 def lds4(at: int) -> tuple:
     return _load(_block().shared_bytes(at, 16, 16))
 

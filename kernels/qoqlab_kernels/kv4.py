@@ -45,7 +45,7 @@ SIGNATURE = tuple(
 LOWEST = -1e30
 LOG2_E = 1.4426950408889634
 #: How many partial results are fetched at a time when a head's blocks are merged.
-BATCH = 8
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,9 @@ class Ring:
         return self.words + 4 * (self.warps + 4) + 128
 
 
-def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
-    """``warps`` in a block, ``stages`` pages on their way to each; ``bulk``: by bulk copies (sm_90)."""
+def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -> Program:
+    """``warps`` in a block, ``stages`` pages on their way to each; ``bulk``: by bulk copies (sm_90); ``overlap``: start
+    while the previous kernel of the stream ends, and wait for it inside (sm_90)."""
     layout, ring = form.layout, Ring(form, warps, stages)
     d, size, group, tiles, row_bytes = form.head_dim, form.page_size, form.group, form.tiles, form.row
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
@@ -250,7 +251,8 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
     pack = ptx.pack_bfloat if bfloat else ptx.pack_half
     # registers of a thread, as arrays whose indices the compiler knows
     query_words, columns, rows, dot_words = tiles * 2 * steps, 2 * tiles, 2 * token_tiles, 4 * tiles
-    acc_words, product_words, batch_words = tiles * 4 * steps, tiles * 16, 4 * BATCH
+    at_once = 4 // tiles  # blocks of 16 channels whose sums over a page are open at a time
+    acc_words, product_words, batch_words = tiles * 4 * steps, tiles * 4 * at_once, 4 * BATCH
     score_words, weight_words = tiles * 4 * token_tiles, tiles * 2 * token_tiles
 
     @device
@@ -267,24 +269,28 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
             ptx.copy_commit()
 
     @device
-    def skip(sequence, head, page, count, by, lengths, slots, window, kv_heads):
-        """Go ``by`` units on in the flat list: (sequence, head, page of what it attends to, number of these)."""
+    def where(sequence, lengths, slots, window, width):
+        """(pages that a sequence attends to, index of the first one's entry in the page tables)."""
+        slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
+        _, _, first_page, count = span(lengths, slot, window)
+        return count, u32(u32(slot * width) + first_page)
+
+    @device
+    def skip(sequence, head, page, count, line, by, lengths, slots, window, width, kv_heads):
+        """Go ``by`` units on in the flat list: (sequence, head, page of what it attends to, number of these, its line)."""
         page = u32(page + by)
         while page >= count:
             page = u32(page - count)
             head = u32(head + u32(1))
             if head == kv_heads:
                 head, sequence = u32(0), u32(sequence + u32(1))
-                slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
-                count = span(lengths, slot, window)[3]
-        return sequence, head, page, count
+                count, line = where(sequence, lengths, slots, window, width)
+        return sequence, head, page, count, line
 
     @device
-    def number(sequence, page, tables, lengths, slots, window, width):
+    def number(tables, line, page):
         """Number of a page in the pool."""
-        slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
-        first_page = span(lengths, slot, window)[2]
-        return ptx.ldg1(ptx.address(tables) + (u64(slot) * u64(width) + u64(u32(first_page + page))) * u64(4))
+        return ptx.ldg1(ptx.address(tables) + u64(u32(line + page)) * u64(4))
 
     @device
     def multiply_keys(word, step, queries, scores):
@@ -301,7 +307,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
     def multiply_values(word, j, t, weights, sums):
         a = centred(word)
         for n in range(tiles):
-            b, s = (n * token_tiles + t) * 2, (n * 4 + j) * 4
+            b, s = (n * token_tiles + t) * 2, (n * at_once + j) * 4
             c = ptx.mma_half(
                 sums[s], sums[s + 1], sums[s + 2], sums[s + 3], a[0], a[1], a[2], a[3], weights[b], weights[b + 1]
             )
@@ -399,13 +405,22 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
                 for s in range(stages):
                     ptx.barrier_init(barriers + u32(8 * s), u32(1))
                 ptx.barrier_fence()
+        if overlap:
+            ptx.wait_for_previous_kernel()
+            ptx.allow_next_kernel()
         # how many pages there are, and where this block's run of them starts
         some = ptx.quotient(u32(batch + u32(threads - 1)), u32(threads))
         from_, to_ = u32(thread * some), min(batch, u32(u32(thread + u32(1)) * some))
         count = u32(0)
         for b in range(from_, to_):
             slot = ptx.ldg1(ptx.address(slots) + u64(b) * u64(4))
-            count = u32(count + span(lengths, slot, window)[3])
+            pages = span(lengths, slot, window)[3]
+            count = u32(count + pages)
+            if pages == u32(0) and ptx.modulo(u32(b), u32(cuda.gridDim.x)) == worker:
+                # no tokens, nothing to attend to: zeros
+                for item in range(kv_heads * u32(group * d // 2)):
+                    at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
+                    ptx.stg1(ptx.address(out) + at * u64(4), u32(0))
         inclusive = count
         for k in range(5):
             other = u32(ptx.shuffle_up(i32(inclusive), u32(1 << k)))
@@ -424,13 +439,6 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
         workers = min(u32(cuda.gridDim.x), max(u32(1), ptx.quotient(u32(units + u32(warps - 1)), u32(warps))))
         quotient = ptx.quotient(units, workers)
         remainder = u32(units - quotient * workers)
-        # sequences without tokens attend to nothing: zeros
-        for b in range(worker, batch, u32(cuda.gridDim.x)):
-            slot = ptx.ldg1(ptx.address(slots) + u64(b) * u64(4))
-            if span(lengths, slot, window)[3] == u32(0):
-                for item in range(thread, u32(kv_heads * u32(group * d // 2)), u32(threads)):
-                    at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
-                    ptx.stg1(ptx.address(out) + at * u64(4), u32(0))
         unit = end = u32(0)
         if worker < workers:
             unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
@@ -450,26 +458,25 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
                 ptx.sts1(head_of + u32(8), u32(rest - head * pages))
             cuda.syncthreads()
             sequence, head, page = ptx.lds1(head_of), ptx.lds1(head_of + u32(4)), ptx.lds1(head_of + u32(8))
-            slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
-            pages = span(lengths, slot, window)[3]
+            pages, line = where(sequence, lengths, slots, window, width)
             # what this warp fetches next
             mine = ahead = u32(unit + warp)
-            sequence_a, head_a, page_a, pages_a, number_a = sequence, head, page, pages, u32(0)
+            sequence_a, head_a, page_a, pages_a, line_a, number_a = sequence, head, page, pages, line, u32(0)
             if ahead < end:
-                sequence_a, head_a, page_a, pages_a = skip(
-                    sequence_a, head_a, page_a, pages_a, warp, lengths, slots, window, kv_heads
+                sequence_a, head_a, page_a, pages_a, line_a = skip(
+                    sequence_a, head_a, page_a, pages_a, line_a, warp, lengths, slots, window, width, kv_heads
                 )
-                number_a = number(sequence_a, page_a, tables, lengths, slots, window, width)
+                number_a = number(tables, line_a, page_a)
             for s in range(stages):
                 if ahead < end:
                     to = buffers + u32(s * chunk_bytes)
                     issue(pool, number_a, head_a, kv_heads, to, barriers + u32(8 * s), lane)
                     ahead = u32(ahead + u32(warps))
                     if ahead < end:
-                        sequence_a, head_a, page_a, pages_a = skip(
-                            sequence_a, head_a, page_a, pages_a, u32(warps), lengths, slots, window, kv_heads
+                        sequence_a, head_a, page_a, pages_a, line_a = skip(
+                            sequence_a, head_a, page_a, pages_a, line_a, u32(warps), lengths, slots, window, width, kv_heads
                         )
-                        number_a = number(sequence_a, page_a, tables, lengths, slots, window, width)
+                        number_a = number(tables, line_a, page_a)
                 elif not bulk:
                     ptx.copy_commit()
             stage = phase = side = u32(0)
@@ -576,19 +583,25 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
                         zeros[2 * n + 1] = ptx.fuse(zeros[2 * n + 1], f1, z1 * g1)
                         # kept for the accumulators below
                         dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3] = f0, f1, g0, g1
-                    for v in range(vectors):
-                        for i in range(16 * tiles):
+                    for v in range(steps // at_once):
+                        for i in range(product_words):
                             products[i] = f32(0.0)
                         for t in range(token_tiles):
-                            c = ptx.lds4(at + u32(codes_bytes + (t * vectors + v) * 512) + lane * u32(16))
-                            multiply_values(c[0], 0, t, weights, products)
-                            multiply_values(c[1], 1, t, weights, products)
-                            multiply_values(c[2], 2, t, weights, products)
-                            multiply_values(c[3], 3, t, weights, products)
+                            values = at + u32(codes_bytes + (t * vectors + v * at_once // 4) * 512) + lane * u32(16)
+                            if tiles == 1:
+                                c = ptx.lds4(values)
+                                multiply_values(c[0], 0, t, weights, products)
+                                multiply_values(c[1], 1, t, weights, products)
+                                multiply_values(c[2], 2, t, weights, products)
+                                multiply_values(c[3], 3, t, weights, products)
+                            else:
+                                two = ptx.lds2(values + u32(v % 2 * 8))
+                                multiply_values(two[0], 0, t, weights, products)
+                                multiply_values(two[1], 1, t, weights, products)
                         for n in range(tiles):
                             f0, f1, g0, g1 = dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3]
-                            for j in range(4):
-                                i, k = (n * steps + 4 * v + j) * 4, (n * 4 + j) * 4
+                            for j in range(at_once):
+                                i, k = (n * steps + at_once * v + j) * 4, (n * at_once + j) * 4
                                 acc[i] = ptx.fuse(acc[i], f0, products[k] * g0)
                                 acc[i + 1] = ptx.fuse(acc[i + 1], f1, products[k + 1] * g1)
                                 acc[i + 2] = ptx.fuse(acc[i + 2], f0, products[k + 2] * g0)
@@ -598,10 +611,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
                         issue(pool, number_a, head_a, kv_heads, at, barriers + stage * u32(8), lane)
                         ahead = u32(ahead + u32(warps))
                         if ahead < end:
-                            sequence_a, head_a, page_a, pages_a = skip(
-                                sequence_a, head_a, page_a, pages_a, u32(warps), lengths, slots, window, kv_heads
+                            sequence_a, head_a, page_a, pages_a, line_a = skip(
+                                sequence_a, head_a, page_a, pages_a, line_a, u32(warps), lengths, slots, window, width, kv_heads
                             )
-                            number_a = number(sequence_a, page_a, tables, lengths, slots, window, width)
+                            number_a = number(tables, line_a, page_a)
                     elif not bulk:
                         ptx.copy_commit()
                     mine = u32(mine + u32(warps))
@@ -651,7 +664,6 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
                         if quad == u32(0):
                             ptx.stg4(to_part + u64(4 * d), word_of(top), word_of(l), u32(0), u32(0))
                 if not whole:
-                    cuda.threadfence()
                     cuda.syncthreads()
                     last_unit = u32(head_first + u32(pages - u32(1)))
                     first_worker = worker_of(head_first, quotient, remainder)
@@ -659,10 +671,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
                     counter = ptx.address(counters) + u64(u32(sequence * kv_heads + head)) * u64(4)
                     flag = words + u32(4 * warps + 12)
                     if thread == u32(0):
+                        # released and acquired for the whole block: barriers on both sides
                         ptx.sts1(flag, ptx.atomic_inc(counter))
                     cuda.syncthreads()
                     if ptx.lds1(flag) == u32(last_worker - first_worker):
-                        cuda.threadfence()
                         for item in range(thread, u32(group * quads), u32(threads)):
                             r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
                             o0, o1, o2, o3, l = merge_rows(
@@ -675,12 +687,12 @@ def v4(form: Form, warps: int, stages: int, bulk: bool) -> Program:
                 cuda.syncthreads()  # the rows and the flag may be written again
                 unit, page, side = stop, u32(0), u32(1)
                 if unit < end:
-                    sequence, head, page, pages = skip(
-                        sequence, head, u32(pages - u32(1)), pages, u32(1), lengths, slots, window, kv_heads
+                    sequence, head, page, pages, line = skip(
+                        sequence, head, u32(pages - u32(1)), pages, line, u32(1), lengths, slots, window, width, kv_heads
                     )
 
     residents = 2 if ring.total <= SHARED_HALF else 1
-    return Program(kernel, SIGNATURE, threads, ring.total, residents=residents)
+    return Program(kernel, SIGNATURE, threads, ring.total, overlap=overlap, residents=residents)
 
 
 VERSIONS: dict[str, Callable[..., Program]] = {"v1": v1, "v4": v4}

@@ -110,6 +110,7 @@ else:
 
 
 lds1 = instruction("lds1", "ld.shared.u32 $0, [$1];", (u32,), (u32,))
+lds2 = instruction("lds2", "ld.shared.v2.u32 {$0, $1}, [$2];", (u32,) * 2, (u32,))
 lds4 = instruction("lds4", "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (u32,))
 sts1 = instruction("sts1", "st.shared.u32 [$0], $1;", (), (u32, u32))
 ldg1 = instruction("ldg1", "ld.global.nc.u32 $0, [$1];", (u32,), (u64,))
