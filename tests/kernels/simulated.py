@@ -24,6 +24,7 @@ from qoqlab_kernels.plan import Plan
 from qoqlab.affine import quantize_per_token_s8
 
 from .expected import product
+from .simulated_attention import attention_case, attention_errors, attention_mutant_case, public_attention_case
 
 GUARD = 512  # elements of poison before and after an output
 
@@ -314,7 +315,10 @@ def error_cases() -> dict:
 
 FUNCTIONS = {
     f.__name__: f
-    for f in (gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases)
+    for f in (
+        *(gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases),
+        *(attention_case, public_attention_case, attention_mutant_case, attention_errors),
+    )
 }
 
 
