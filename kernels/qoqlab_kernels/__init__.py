@@ -1,4 +1,4 @@
-"""numba.cuda kernels of qoqlab: the W4A8 GEMM. What they must equal: `qoqlab.reference`.
+"""numba.cuda kernels of qoqlab: the W4A8 GEMM and what lies between GEMMs. What they must equal: `qoqlab.reference`.
 
     packed = qk.pack_weight(w)              a quantised weight in the kernels' order
     x = qk.quantize_activations(tokens)     per-token INT8, in the kernels' order
@@ -8,6 +8,7 @@ Needs numba-cuda (``pip install "qoqlab[cu13]"``) and a GPU of compute capabilit
 simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
 
+from .fused import add_rms_norm, add_rms_norm_s8, rms_norm, rms_norm_s8, silu_mul_s8
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
 from .matmul import plan, quantize_activations, w4a8_gemm
@@ -17,10 +18,15 @@ __all__ = [
     "Activations",
     "PackedWeight",
     "Plan",
+    "add_rms_norm",
+    "add_rms_norm_s8",
     "lane_map",
     "pack_weight",
     "plan",
     "quantize_activations",
+    "rms_norm",
+    "rms_norm_s8",
+    "silu_mul_s8",
     "unpack",
     "w4a8_gemm",
 ]

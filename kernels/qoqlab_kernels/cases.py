@@ -127,3 +127,20 @@ def extreme_codes(m: int, k: int, seed: int = 1, device: str = "cpu") -> tuple[t
     codes[0] = -128
     codes[1:2] = 127
     return codes, torch.full((m,), 0.5, dtype=torch.float16, device=device)
+
+
+def elementwise_operands(
+    m: int, k: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x ``[m, k]``, residual ``[m, k]``, weight ``[k]``, gate and up ``[m, 2 k]``) of a type; sizes of tokens from 2**-9 to
+    2**6, the second token all zeros."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    sizes = torch.logspace(-9, 6, m, 2.0, device=device)[:, None]
+    x, residual, both = normal(m, k) * sizes, normal(m, k), normal(m, 2 * k) * sizes.clamp(max=8.0)
+    for t in (x, residual, both):
+        t[1:2] = 0
+    return x.to(dtype), residual.to(dtype), (1 + normal(k) / 4).to(dtype), both.to(dtype)

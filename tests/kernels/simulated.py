@@ -11,16 +11,18 @@ import json
 import os
 import sys
 import warnings
+from fractions import Fraction
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import cases, emulation, gemm, launch, layout, matmul, ptx
+from qoqlab_kernels import cases, emulation, fused, gemm, launch, layout, matmul, ptx
 from qoqlab_kernels.cases import Case
 from qoqlab_kernels.plan import Plan
 
+from qoqlab import exact, reference
 from qoqlab.affine import quantize_per_token_s8
 
 from .expected import product
@@ -165,6 +167,67 @@ def quantize_case(m: int, k: int, dtype: str, how: str = "contiguous") -> dict:
         "scales": torch.equal(got.scales, scales),
         "sums": torch.equal(got.sums.long(), codes.sum(-1, dtype=torch.int64)),
     }
+
+
+# -- element-wise kernels -------------------------------------------------------------------------------------------------
+
+
+def elementwise_case(operation: str, m: int, k: int, dtype: str, threads: int = 0) -> dict:
+    """A fused kernel against the reference: which parts agree. The second token is all zeros; ``threads`` of a block, 0:
+    as many as the public function takes."""
+    x, residual, weight, gate_up = cases.elementwise_operands(m, k, getattr(torch, dtype))
+    eps, total, plain = 1e-5, None, None
+    with mock.patch.object(fused, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext():
+        if operation == "silu":
+            got, a = qk.silu_mul_s8(gate_up), reference.silu_mul_s8(gate_up)
+        elif operation == "norm":
+            got, a = qk.rms_norm_s8(x, weight, eps), reference.rms_norm_s8(x, weight, eps)
+            plain = qk.rms_norm(x, weight, eps), exact.rms_norm(x, weight, eps)
+        else:
+            got, total = qk.add_rms_norm_s8(x, residual, weight, eps)
+            a, want_total = reference.add_rms_norm_s8(x, residual, weight, eps)
+            total = total, want_total
+            plain = qk.add_rms_norm(x, residual, weight, eps), exact.rms_norm(x + residual, weight, eps)
+    want = layout.tile_activations(a.codes, a.scales)
+    return {
+        "tiles": torch.equal(got.tiles, want.tiles),
+        "tokens": torch.equal(got.tokens, want.tokens),
+        "total": total is None or torch.equal(*total),
+        "plain": plain is None or torch.equal(*plain),
+    }
+
+
+def elementwise_compiled() -> dict:
+    """The public functions under torch.compile, in one graph."""
+    x, residual, weight, gate_up = cases.elementwise_operands(2, 32, torch.float16)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def layer(x: torch.Tensor, gate_up: torch.Tensor) -> tuple:
+        made, total = qk.add_rms_norm_s8(x, residual, weight, 1e-5)
+        return made.tiles, total, qk.rms_norm_s8(x, weight, 1e-5).tokens, qk.silu_mul_s8(gate_up).tiles
+
+    made, total = qk.add_rms_norm_s8(x, residual, weight, 1e-5)
+    want = (made.tiles, total, qk.rms_norm_s8(x, weight, 1e-5).tokens, qk.silu_mul_s8(gate_up).tiles)
+    return {"equal": [torch.equal(a, b) for a, b in zip(layer(x, gate_up), want, strict=True)]}
+
+
+def fused_multiply_add() -> dict:
+    """The emulation's ``fused`` against exact fractions, where a second rounding would show."""
+    draw = np.random.default_rng(3)
+    a = (draw.integers(1, 1 << 24, 4000) * 2.0 ** draw.integers(-30, 3, 4000)).astype(np.float32)
+    b, c = draw.permutation(a), (-a * draw.permutation(a)).astype(np.float32)
+    c[::2] = np.float32(2**-20) * draw.standard_normal(2000).astype(np.float32) * a[::2] * b[::2]
+
+    def rounded(value: Fraction) -> float:
+        """The nearest fp32 number, by comparing with its neighbours."""
+        near = np.float32(float(value))
+        candidates = [np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))]
+        even = lambda f: int(f.view(np.uint32)) & 1  # noqa: E731
+        return min(candidates, key=lambda f: (abs(Fraction(float(f)) - value), even(f)))
+
+    exactly = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    wrong = sum(emulation.fused(x, y, z) != rounded(e) for x, y, z, e in zip(a, b, c, exactly, strict=True) if e)
+    return {"wrong": int(wrong)}
 
 
 # -- what the tests must notice -------------------------------------------------------------------------------------------
@@ -312,9 +375,57 @@ def error_cases() -> dict:
     return {name: message_of(call) for name, call in calls.items()}
 
 
+def elementwise_errors() -> dict:
+    """Messages for bad input of the element-wise functions."""
+    x, weight = torch.ones(3, 64, dtype=torch.float16), torch.ones(64, dtype=torch.float16)
+
+    def norm(x: Any = x, weight: Any = weight, eps: float = 1e-5) -> Any:
+        return lambda: qk.rms_norm_s8(x, weight, eps)
+
+    def add(residual: Any) -> Any:
+        return lambda: qk.add_rms_norm_s8(x, residual, weight, 1e-5)
+
+    def silu(gate_up: Any) -> Any:
+        return lambda: qk.silu_mul_s8(gate_up)
+
+    calls = {
+        "x: a list": norm([[1.0]]),
+        "x: fp32": norm(x.float()),
+        "x: one row": norm(x[0]),
+        "x: K = 48": norm(x[:, :48], weight[:48]),
+        "x: no tokens": norm(x[:0]),
+        "x: elsewhere": norm(x.to("meta"), weight.to("meta")),
+        "weight: bf16": norm(weight=weight.bfloat16()),
+        "weight: too short": norm(weight=weight[:32]),
+        "eps: zero": norm(eps=0.0),
+        "eps: NaN": norm(eps=float("nan")),
+        "residual: bf16": add(x.bfloat16()),
+        "residual: fewer tokens": add(x[:2]),
+        "residual: a list": add([1.0]),
+        "gate_up: fp32": silu(x.float()),
+        "gate_up: I = 16": silu(x[:, :32]),
+        "plain x: fp32": lambda: qk.rms_norm(x.float(), weight, 1e-5),
+        "plain residual: bf16": lambda: qk.add_rms_norm(x, x.bfloat16(), weight, 1e-5),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
+
+
 FUNCTIONS = {
     f.__name__: f
-    for f in (gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases)
+    for f in (
+        gemm_case,
+        public_case,
+        compiled_case,
+        quantize_case,
+        elementwise_case,
+        elementwise_compiled,
+        fused_multiply_add,
+        spoilt_case,
+        mutant_case,
+        cluster_case,
+        error_cases,
+        elementwise_errors,
+    )
 }
 
 
