@@ -46,6 +46,7 @@ _EXPORTS = {
 _MODULES = [
     "affine",
     "architecture",
+    "arithmetic",
     "attention",
     "baselines",
     "bundled",
@@ -54,6 +55,7 @@ _MODULES = [
     "comparison",
     "compressed_tensors",
     "deepcompressor",
+    "engine",
     "engine_files",
     "evaluate",
     "exact",
@@ -70,6 +72,7 @@ _MODULES = [
     "online",
     "outliers",
     "packing",
+    "paged",
     "pipeline",
     "progressive",
     "qserve_format",

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, online, reference
+from . import arithmetic, attention, engine, online, paged, reference
 from .architecture import Block, describe
 from .attention import Mode
-from .checks import require_enum
+from .checks import require_count, require_enum
+from .engine import Engine
 from .grids import Grid
 from .grouped import Grouped
 from .online import Online
@@ -158,4 +159,40 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(floats.values()) + sum(m.storage_bytes() for m in quantized_layers)
 
 
-__all__ = ["Mode", "QuantLinear", "install", "mode", "quantized", "set_mode", "weight_bytes"]
+@torch.no_grad()
+def compile(
+    q: Any,
+    device: str | torch.device = "cuda",
+    max_batch: int = 64,
+    max_tokens: int = 2048,
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """An `engine.Engine` that runs a quantised model: on the kernels where ``device`` is a GPU, on `reference` on the CPU.
+
+    ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as "qoq-g128"
+    and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of activations,
+    by default the model's own, but fp16 for an fp32 model on a GPU.
+
+    Raises TypeError for another architecture or dtype; ValueError for a layer that engines cannot run, naming it;
+    RuntimeError where ``device`` is a GPU and the kernels (extra "cu13" or "cu12") or the GPU are missing.
+    """
+    architecture = describe(q.model if hasattr(q, "recipe") else q)
+    require_count("max_batch", max_batch, 1)
+    require_count("max_tokens", max_tokens, 1)
+    place = torch.device(device)
+    form = engine.check(architecture)
+    own = architecture.embedding.weight.dtype
+    on_gpu = place.type == "cuda"
+    dtype = dtype or (torch.float16 if on_gpu and own == torch.float32 else own)
+    known = (torch.float16, torch.bfloat16) if on_gpu else (torch.float16, torch.bfloat16, torch.float32)
+    if dtype not in known:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, known))} on {place.type}, got {dtype}")
+    first = architecture.blocks[0]
+    pages = max_batch * -(-max_tokens // paged.PAGE)
+    if not on_gpu:
+        cache = paged.PagedCache(len(architecture.blocks), first.kv_heads, first.head_dim, pages, form, dtype, place)
+        return Engine(architecture, arithmetic.ReferenceOps(dtype), cache, place, max_batch, max_tokens)
+    raise NotImplementedError
+
+
+__all__ = ["Mode", "QuantLinear", "compile", "install", "mode", "quantized", "set_mode", "weight_bytes"]
