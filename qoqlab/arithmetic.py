@@ -41,7 +41,9 @@ class Ops(Protocol):
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
         """RMSNorm, INT8 per token."""
 
-    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[Any, torch.Tensor]:
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[Any, torch.Tensor]:
         """(RMSNorm of the sum, INT8 per token; the sum)."""
 
     def last_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -109,7 +111,9 @@ class KernelOps:
         """See `Ops`."""
         return self.kernels.rms_norm_s8(x, weight, eps)
 
-    def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[Any, torch.Tensor]:
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[Any, torch.Tensor]:
         """See `Ops`."""
         return self.kernels.add_rms_norm_s8(x, residual, weight, eps)
 
@@ -155,4 +159,4 @@ def side_by_side(weights: list[Weight]) -> Weight:
             joined[name] = torch.cat(parts)  # type: ignore[arg-type]
         elif any(part != value for part in parts):
             raise ValueError(f"weights: different {name}: {', '.join(map(str, parts))}")
-    return replace(first, **joined)
+    return replace(first, **joined)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from .architecture import Architecture, Block
 from .arithmetic import Ops, Projection, side_by_side
 from .checks import require_count
 from .kv import Keys, KVFormat
+from .schemes import WeightKind
 
 #: What attends: (layer, query [M, Hq, D], key and value [M, Hkv, D]) -> [M, Hq, D].
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -82,6 +83,8 @@ def check(architecture: Architecture) -> KVFormat | None:
             form = getattr(linear, "form", None)
             if form is None:
                 raise ValueError(f"model: {block.name(role)} is not quantised; an engine runs W4A8 recipes such as qoq-g128")
+            if form.kind in (WeightKind.GROUP_U4, WeightKind.GROUP_S4):
+                raise ValueError(f"model: {block.name(role)} has floating-point scales along K, which an engine cannot use")
             if getattr(linear, "online", None) is not None:
                 raise ValueError(f"model: {block.name(role)} transforms its input, which engines do not")
             acts = getattr(linear, "activations", None)
@@ -89,7 +92,9 @@ def check(architecture: Architecture) -> KVFormat | None:
                 raise ValueError(f"model: {block.name(role)} has activations {acts}, an engine needs INT8 per token")
         kv = KVFormat.of(attention.state(block.attention).grid)
         if kv is not None and (kv.keys is not Keys.TOKEN or kv.rotate_keys):
-            raise ValueError(f"model: layer {block.index} caches keys per channel or rotated; an engine needs them per token")
+            raise ValueError(
+                f"model: layer {block.index} caches keys per channel or rotated; an engine needs them per token"
+            )
         if not isinstance(block.mlp.act_fn, nn.SiLU) and type(block.mlp.act_fn).__name__ != "SiLUActivation":
             raise ValueError(f"model: layer {block.index} has the activation {block.mlp.act_fn}, an engine needs SiLU")
         forms.add(kv)
@@ -114,7 +119,7 @@ def layer_of(block: Block, ops: Ops, device: torch.device) -> Layer:
         return ops.projection(joined, torch.cat([part.to(device) for part in parts]))
 
     def gain(norm: nn.Module) -> torch.Tensor:
-        return norm.weight.detach().to(device, ops.dtype).contiguous()  # type: ignore[operator, union-attr]
+        return norm.weight.detach().to(device, ops.dtype).contiguous()  # type: ignore[operator]
 
     norms = None
     if block.query_norm is not None and block.key_norm is not None:
@@ -158,7 +163,7 @@ class Engine:
         self.max_batch, self.max_tokens = max_batch, max_tokens
         self.layers = [layer_of(block, ops, device) for block in architecture.blocks]
         self.eps = float(architecture.final_norm.variance_epsilon)  # type: ignore[arg-type]
-        self.final_norm = architecture.final_norm.weight.detach().to(device, ops.dtype)  # type: ignore[operator, union-attr]
+        self.final_norm = architecture.final_norm.weight.detach().to(device, ops.dtype)  # type: ignore[operator]
         self.embedding = architecture.embedding.weight.detach().to(device, ops.dtype)
         head = architecture.head
         self.head = self.embedding if architecture.tied else head.weight.detach().to(device, ops.dtype)
@@ -302,7 +307,7 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int] | torch.Tensor],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling = Sampling(),
         stop: Sequence[int] = (),
     ) -> list[list[int]]:
         """Continue prompts of any lengths: the new tokens of each, at most ``max_new_tokens``, up to and with a token of

@@ -169,9 +169,9 @@ def compile(
 ) -> Engine:
     """An `engine.Engine` that runs a quantised model: on the kernels where ``device`` is a GPU, on `reference` on the CPU.
 
-    ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as "qoq-g128"
-    and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of activations,
-    by default the model's own, but fp16 for an fp32 model on a GPU.
+    ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as
+    "qoq-g128" and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of
+    activations, by default the model's own, but fp16 for an fp32 model on a GPU.
 
     Raises TypeError for another architecture or dtype; ValueError for a layer that engines cannot run, naming it;
     RuntimeError where ``device`` is a GPU and the kernels (extra "cu13" or "cu12") or the GPU are missing.

@@ -19,6 +19,9 @@ from qoqlab.schemes import Scheme
 
 from .families import FAMILIES, LLAMA3_ROPE, build, cast_parameters, only, random_ids, wide
 
+#: Where fp32 differs in its last bit, a number next to a tie falls to the neighbour of its fp16, INT8 or KV4 grid; one such
+#: code moves the logits of these tiny random models by 1 %. A wrong position, window or scale moves them by 20 % and more.
+FLIPS = 0.05
 IDS = random_ids(3, 24)
 PROMPTS = [IDS[0, :9], IDS[1, :1], IDS[2, :17]]
 
@@ -33,6 +36,13 @@ def one_by_one(result, prompt: torch.Tensor, steps: int) -> tuple[list[int], tor
             ids = rows[-1].argmax()[None, None]
             found.append(int(ids))
     return found, torch.stack(rows)
+
+
+def check(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Logits ``[steps, V]`` are alike: the prompt's to fp32's rounding, the others but for a few codes."""
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-4)
+    errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    assert errors.max() <= FLIPS, errors
 
 
 def logits_of(engine, prompts, continuations) -> list[torch.Tensor]:
@@ -53,9 +63,7 @@ def test_logits_are_those_of_runtime_mode(family: str, preset: str, quantized) -
     engine = runtime.compile(result, "cpu", max_batch=3, max_tokens=64)
     expected = [one_by_one(result, prompt, 6) for prompt in PROMPTS]
     for got, (_, want) in zip(logits_of(engine, PROMPTS, [found for found, _ in expected]), expected, strict=True):
-        # a GEMM's result is fp16: where fp32 differs in its last bit, it may fall to the neighbour, 2**-11 away, and move
-        # codes of the layers above by one
-        assert (got - want).norm() <= 2**-8 * want.norm()
+        check(got, want)
     assert engine.generate(PROMPTS, 6) == [found for found, _ in expected]
     assert not engine.lengths and engine.cache.free_pages == 3
 
@@ -67,8 +75,9 @@ def test_16_bit_models(dtype: torch.dtype) -> None:
     engine = runtime.compile(result, "cpu", max_batch=1, max_tokens=32)
     found, want = one_by_one(result, PROMPTS[0], 5)
     (got,) = logits_of(engine, PROMPTS[:1], [found])
-    unit = 2**-10 if dtype == torch.float16 else 2**-7
-    assert (got - want).norm() <= 8 * unit * want.norm()  # a few roundings of the residual stream
+    # transformers' cache returns rounded keys and values, and its attention rounds once more: more codes fall elsewhere
+    errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    assert errors[0] <= (2**-10 if dtype == torch.float16 else 2**-6) and errors.max() <= 3 * FLIPS
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
@@ -82,7 +91,7 @@ def test_sliding_window(family: str) -> None:
     for prompt in PROMPTS:
         found, want = one_by_one(result, prompt, 8)
         (got,) = logits_of(engine, [prompt], [found])
-        assert (got - want).norm() <= 2**-8 * want.norm()
+        check(got, want)
     whole = runtime.compile(quantize(wide(family), "rtn-w4a8kv4-g128", progress=False), "cpu", 1, 64)
     (unlimited,) = logits_of(whole, [PROMPTS[2]], [found])
     assert (unlimited - want).norm() > 0.05 * want.norm()  # the window matters here
@@ -93,14 +102,16 @@ def test_scaled_rotary_positions(rope: dict) -> None:
     result = quantize(wide("llama", rope_parameters=rope), "rtn-w4a8kv4-g128", progress=False)
     found, want = one_by_one(result, PROMPTS[2], 5)
     (got,) = logits_of(runtime.compile(result, "cpu", 1, 64), [PROMPTS[2]], [found])
-    assert (got - want).norm() <= 2**-8 * want.norm()
+    check(got, want)
 
 
 @pytest.mark.parametrize("kv", ["uint8", None])
 def test_other_caches(kv: str | None) -> None:
     from qoqlab.grids import UINT8
 
-    recipe = only(scheme=Scheme(get("rtn-w4a8kv4").scheme.weights, get("rtn-w4a8kv4").scheme.activations, UINT8 if kv else None))
+    recipe = only(
+        scheme=Scheme(get("rtn-w4a8kv4").scheme.weights, get("rtn-w4a8kv4").scheme.activations, UINT8 if kv else None)
+    )
     result = quantize(wide("llama"), recipe, progress=False)
     engine = runtime.compile(result, "cpu", 1, 64)
     if kv:
@@ -112,7 +123,7 @@ def test_other_caches(kv: str | None) -> None:
         with torch.no_grad(), runtime.mode(result.model, Mode.RUNTIME):
             want = result.model(ids, use_cache=False).logits[0, 8:13]
         (got,) = logits_of(engine, PROMPTS[:1], [found])
-    assert (got - want).norm() <= 2**-8 * want.norm()
+    check(got, want)
 
 
 def test_tied_embeddings_and_the_bundled_model() -> None:
@@ -150,7 +161,9 @@ def test_sequences_come_and_go(engine) -> None:
     got = [logits[0], engine.decode([b, c], [1, 5])[1]]
     engine.free([b])
     got.append(engine.decode([c, a], [6, 2])[0])
-    assert all(map(torch.equal, got, want))
+    torch.testing.assert_close(
+        torch.stack(got), torch.stack(want), rtol=1e-5, atol=1e-5
+    )  # torch's head depends on the batch
     engine.free([a, c])
 
 
@@ -291,12 +304,8 @@ def test_models_that_an_engine_cannot_run_are_named(quantized) -> None:
         runtime.compile(quantized("llama", "qoq-g128"), "cpu", dtype=torch.float64)
 
 
-@pytest.mark.parametrize("preset", ["quarot-w4a4kv4", "kivi-kv2"])
+@pytest.mark.parametrize("preset", ["quarot-w4a4kv4", "kivi-kv4", "atom-w4a4kv4-g128", "rtn-w4a16-g128"])
 def test_other_recipes_are_refused(preset: str) -> None:
-    from qoqlab.recipes import names
-
-    if preset not in names():
-        pytest.skip(f"no preset {preset}")
     with pytest.raises(ValueError, match=r"model: .*engine"):
         runtime.compile(quantize(wide("llama"), preset, IDS, progress=False), "cpu")
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ GROUPS = {"128": "g128", "64": "g64", "32": "g32", "channel": "channel"}
 TARGETS = {1: 36, 2: 36, 4: 36, 8: 36, 16: 36, 64: 36, 128: 46, 256: 86, 1024: 300, 4096: 1160}
 #: Other ways to the same result: int8 codes in the usual order instead of tiled ones; without programmatic dependent launch.
 VARIANTS = ("int8_input", "no_overlap")
+#: Further benchmarks, each in its own module.
+OTHERS = {"elementwise": ".bench_elementwise", "decode": ".bench_decode"}
 #: Outputs of a peer that are compared with its reference.
 CHECKED = 256
 
@@ -343,6 +346,8 @@ def parse(arguments: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     """Options of the command line. Exits with code 2 and a message for what is wrong."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Time the kernels on this GPU.")
     commands = parser.add_subparsers(dest="what", required=True)
+    for name in OTHERS:
+        commands.add_parser(name, help=f"see --help of {name}", add_help=False)
     command = commands.add_parser("gemm", help="the W4A8 GEMM on the linear layers of a model")
     command.add_argument("--shapes", default="llama-3-8b", choices=sorted(SHAPES), help="whose layers")
     command.add_argument("--m", default=",".join(map(str, cases.BATCHES)), help="numbers of tokens, separated by commas")
@@ -380,6 +385,8 @@ def bench_gemm(options: Options, command: Sequence[str], json: Path | None, comm
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in OTHERS:
+        return import_module(OTHERS[given[0]], __package__).main(given[1:])
     options, known = parse(given)
     command = measure.command_line(MODULE, given)
     return measure.guarded(MODULE, lambda: bench_gemm(options, command, known.json, known.commit))

@@ -69,11 +69,10 @@ def silu_mul_s8(gate_up: torch.Tensor) -> Activations:
 
 
 def threads_for(m: int, k: int, processors: int) -> int:
-    """Threads of a block: a piece each where tokens are few, four at most where they are many; a power of two."""
+    """Threads of a block, a power of two: a piece each, but fewer where many blocks share a multiprocessor (measured)."""
     pieces = blocks(k, UNIT_K) * UNIT_K // exact.PIECE
-    each = 1 if m <= processors else 2 if m <= 4 * processors else 4
-    wanted = 1 << max(0, blocks(pieces, each) - 1).bit_length()
-    return max(FEWEST_THREADS, min(wanted, MOST_THREADS))
+    most = MOST_THREADS if m <= processors else 512 if m <= 4 * processors else 256
+    return max(FEWEST_THREADS, min(1 << (pieces - 1).bit_length(), most))
 
 
 def _require_matrix(name: str, x: torch.Tensor, multiple: int) -> None:

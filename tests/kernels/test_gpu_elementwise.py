@@ -60,8 +60,8 @@ def test_cpu_and_gpu_references_agree(dtype: torch.dtype) -> None:
 def test_silu_of_every_number(dtype: torch.dtype) -> None:
     numbers = torch.arange(-(1 << 15), 1 << 15, device="cuda").to(torch.int16).view(dtype)
     gate = torch.where(numbers.isfinite(), numbers, 0).view(64, 1024)
-    for up in (1.0, 3.140625):
-        gate_up = torch.cat([gate, torch.full_like(gate, up)], 1).clamp(-60000, 60000)
+    for up in (1.0, 0.7070312):
+        gate_up = torch.cat([gate, torch.full_like(gate, up)], 1)
         check(qk.silu_mul_s8(gate_up), reference.silu_mul_s8(gate_up), f"up = {up}")
 
 
