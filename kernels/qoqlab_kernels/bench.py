@@ -39,7 +39,7 @@ TARGETS = {1: 36, 2: 36, 4: 36, 8: 36, 16: 36, 64: 36, 128: 46, 256: 86, 1024: 3
 #: Other ways to the same result: int8 codes in the usual order instead of tiled ones; without programmatic dependent launch.
 VARIANTS = ("int8_input", "no_overlap")
 #: Further benchmarks, each in its own module.
-OTHERS = {"elementwise": ".bench_elementwise", "decode": ".bench_decode"}
+OTHERS = {"kv4_decode": ".bench_kv4", "elementwise": ".bench_elementwise", "decode": ".bench_decode"}
 #: Outputs of a peer that are compared with its reference.
 CHECKED = 256
 
