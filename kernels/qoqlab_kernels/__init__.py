@@ -10,7 +10,7 @@ simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 
 from .attention import kv4_attention
 from .cache import PagedKV4
-from .fused import add_rms_norm, add_rms_norm_s8, rms_norm, rms_norm_s8, silu_mul_s8
+from .fused import Turn, add_rms_norm, add_rms_norm_s8, rms_norm, rms_norm_s8, rope_append, rope_prompt, silu_mul_s8
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
 from .matmul import plan, quantize_activations, w4a8_gemm
@@ -21,6 +21,7 @@ __all__ = [
     "PackedWeight",
     "PagedKV4",
     "Plan",
+    "Turn",
     "add_rms_norm",
     "add_rms_norm_s8",
     "kv4_attention",
@@ -30,6 +31,8 @@ __all__ = [
     "quantize_activations",
     "rms_norm",
     "rms_norm_s8",
+    "rope_append",
+    "rope_prompt",
     "silu_mul_s8",
     "unpack",
     "w4a8_gemm",

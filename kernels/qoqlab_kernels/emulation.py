@@ -167,6 +167,10 @@ def ldg4(at: int) -> tuple:
     return _load(_block().global_bytes(at, 16, 16))
 
 
+def stg_byte(at: int, value: Any) -> None:
+    _block().global_bytes(at, 1, 1)[0] = int(value) & 255
+
+
 def stg1(at: int, value: Any) -> None:
     _block().global_bytes(at, 4, 4).view(np.uint32)[0] = value
 

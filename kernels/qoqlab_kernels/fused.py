@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from qoqlab import exact
 from qoqlab.checks import require_tensor, shape_of
 
 from . import elementwise, ptx
+from .cache import PagedKV4
 from .layout import UNIT_K, Activations, blocks
 from .matmul import KINDS, _aligned, _gpu, _require_place, _run
+from .rope import THREADS, RopeForm, rope
 
 #: 16-bit types that the kernels take.
 DTYPES = (torch.float16, torch.bfloat16)
@@ -156,6 +159,85 @@ def _launch(
     constants = (operation, KINDS[x.dtype], k, threads or threads_for(m, k, processors), codes, capability >= (9, 0))
     _run(elementwise.elementwise, constants, (padded if codes else m, 1, 1), [*arrays, m, padded, _bits(eps)])
     return Activations(out, tokens, m, k) if codes else out, total
+
+
+# -- rotary positions and the cache -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What `rope_append` needs beside its numbers, the same for every step: ``cos``, ``sin`` ``[positions, D / 2]`` in the
+    dtype of q, k and v; ``gains`` of the heads' RMSNorm ``[D]`` for queries and keys with ``eps``, or None."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    gains: tuple[torch.Tensor, torch.Tensor] | None = None
+    eps: float = 1e-6
+
+
+def rope_append(
+    qkv: torch.Tensor, turn: Turn, cache: PagedKV4, layer: int, positions: torch.Tensor, slots: torch.Tensor
+) -> torch.Tensor:
+    """One decode step's rotary positions and cache append: rotated queries ``[B, Hq, D]``.
+
+    ``qkv [B, (Hq + 2 Hkv) D]`` fp16 or bf16, one new token of each of B different sequences, as the fused GEMM leaves it;
+    ``slots`` int32 [B]: their numbers in ``cache``; ``positions`` int32 [B], for which pages must be reserved. Keys and
+    values go to the cache of ``layer``, whose lengths become ``positions + 1``. Nothing waits and nothing is looked into, so it
+    may be captured in a CUDA graph. Equals `qoqlab.exact.rotate` and `qoqlab.kv.quantize_kv4` bit for bit.
+
+    Raises TypeError or ValueError for wrong dtypes, shapes or devices.
+    """
+    return _rope(qkv, turn, cache, layer, positions, slots, True)[0]
+
+
+def rope_prompt(
+    qkv: torch.Tensor, turn: Turn, cache: PagedKV4, layer: int, positions: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for tokens of prompts, several of a sequence: (queries ``[M, Hq, D]``, keys ``[M, Hkv, D]``), rotated, for the
+    prompts' own attention. The cache's lengths are left alone, see `PagedKV4.advance`."""
+    return _rope(qkv, turn, cache, layer, positions, slots, False)
+
+
+def _rope(
+    qkv: torch.Tensor,
+    turn: Turn,
+    cache: PagedKV4,
+    layer: int,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    decode: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    require_tensor("qkv", qkv)
+    d, kv_heads = cache.head_dim, cache.kv_heads
+    _require_matrix("qkv", qkv, d)
+    m, heads = qkv.shape[0], qkv.shape[1] // d - 2 * kv_heads
+    if heads < 1:
+        raise ValueError(f"qkv: {qkv.shape[1]} columns leave no query heads beside twice {kv_heads} heads of {d}")
+    for name, value in (("positions", positions), ("slots", slots)):
+        require_tensor(name, value)
+        if value.dtype != torch.int32 or value.shape != (m,) or value.device != qkv.device:
+            raise ValueError(
+                f"{name}: expected int32 [{m}] on {qkv.device}, got {value.dtype} of shape {shape_of(value)} on {value.device}"
+            )
+    for name, value in (("cos", turn.cos), ("sin", turn.sin)):
+        if value.dtype != qkv.dtype or value.ndim != 2 or value.shape[1] != d // 2 or value.device != qkv.device:
+            raise ValueError(f"{name}: expected {qkv.dtype} [positions, {d // 2}] on {qkv.device}, got {value.dtype} of shape "
+                             f"{shape_of(value)} on {value.device}")
+    if cache.pool.device != qkv.device:
+        raise ValueError(f"cache: on {cache.pool.device}, qkv on {qkv.device}")
+    query = torch.empty(m, heads, d, dtype=qkv.dtype, device=qkv.device)
+    key = torch.empty(0 if decode else m, kv_heads, d, dtype=qkv.dtype, device=qkv.device)
+    gains = turn.gains or (turn.cos, turn.cos)
+    capability = (8, 0) if ptx.SIMULATED else _gpu(qkv.device.index)[0]
+    form = RopeForm(KINDS[qkv.dtype], d, cache.page_size, turn.gains is not None, decode, capability >= (9, 0))
+    arrays = [_aligned(qkv), turn.cos, turn.sin, positions, slots, *gains, query, key, cache.pool[layer], cache.tables]
+    arrays.append(cache.layer_lengths(layer))
+    if ptx.SIMULATED:
+        kinds = {2: torch.uint16, 4: torch.uint32, 1: torch.uint8}
+        arrays = [t.view(kinds[t.element_size()]) for t in arrays]
+    grid = blocks(m * (heads + 2 * kv_heads), THREADS // (d // 4)), 1, 1
+    _run(rope, (form,), grid, [*arrays, m, heads, kv_heads, cache.tables.shape[1], _bits(turn.eps)])
+    return query, key
 
 
 # -- operators ------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ ldg4 = instruction("ldg4", "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 
 stg2 = instruction("stg2", "st.global.v2.u32 [$0], {$1, $2};", (), (u64, u32, u32))
 stg4 = instruction("stg4", "st.global.v4.u32 [$0], {$1, $2, $3, $4};", (), (u64, u32, u32, u32, u32))
 atomic_inc = instruction("atomic_inc", "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", (u32,), (u64,))
+stg_byte = instruction("stg_byte", "st.global.u8 [$0], $1;", (), (u64, u32))
 stg1 = instruction("stg1", "st.global.u32 [$0], $1;", (), (u64, u32))
 
 # -- arithmetic -----------------------------------------------------------------------------------------------------------
