@@ -50,6 +50,7 @@ _MODULES = [
     "attention",
     "baselines",
     "bundled",
+    "cached_attention",
     "capture",
     "clipping",
     "comparison",

@@ -115,7 +115,7 @@ class Architecture:
         return self.model.model.norm  # type: ignore[return-value]
 
     def rotary(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines ``[length, D / 2]`` of rotary positions 0 .. length - 1, scaled as the model's configuration says.
+        """Cosines and sines ``[length, D / 2]`` of rotary positions 0 .. length - 1, scaled as the configuration says.
 
         Frequencies that depend on the length of a sequence ("dynamic", "longrope") are those for ``length``.
         """

@@ -14,23 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from . import attention, exact
+from . import attention
 from .architecture import Architecture, Block
 from .arithmetic import Ops, Projection, side_by_side
+from .cached_attention import Attention, Batch, HeadNorms, batch_of
 from .checks import require_count
 from .kv import Keys, KVFormat
 from .schemes import WeightKind
 
-#: What attends: (layer, query [M, Hq, D], key and value [M, Hkv, D]) -> [M, Hq, D].
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: ``temperature`` 0 takes the likeliest; otherwise it is drawn from the ``top_k`` likeliest
-    (None: all) that together hold ``top_p`` of the probability, with a generator that starts from ``seed``."""
+    """How the next token is chosen: ``temperature`` 0 takes the likeliest; otherwise it is drawn from the ``top_k``
+    likeliest (None: all) that together hold ``top_p`` of the probability, with a generator that starts from ``seed``."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -71,7 +68,6 @@ class Layer:
     down: Projection
     input_norm: torch.Tensor
     mlp_norm: torch.Tensor
-    head_norms: tuple[torch.Tensor, torch.Tensor, float] | None  #: of queries and keys, with epsilon (Qwen3)
     window: int | None
 
 
@@ -118,22 +114,28 @@ def layer_of(block: Block, ops: Ops, device: torch.device) -> Layer:
         ]
         return ops.projection(joined, torch.cat([part.to(device) for part in parts]))
 
-    def gain(norm: nn.Module) -> torch.Tensor:
-        return norm.weight.detach().to(device, ops.dtype).contiguous()  # type: ignore[operator]
-
-    norms = None
-    if block.query_norm is not None and block.key_norm is not None:
-        norms = gain(block.query_norm), gain(block.key_norm), float(block.query_norm.variance_epsilon)  # type: ignore[arg-type]
     return Layer(
         fused("q", "k", "v"),
         fused("o"),
         fused("gate", "up"),
         fused("down"),
-        gain(block.input_norm),
-        gain(block.mlp_norm),
-        norms,
+        gain(block.input_norm, ops.dtype, device),
+        gain(block.mlp_norm, ops.dtype, device),
         block.window,
     )
+
+
+def gain(norm: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Weight of an RMSNorm."""
+    return norm.weight.detach().to(device, dtype).contiguous()  # type: ignore[operator]
+
+
+def head_norms(block: Block, dtype: torch.dtype, device: torch.device) -> HeadNorms:
+    """RMSNorms of a block's query and key heads (Qwen3), or None."""
+    if block.query_norm is None or block.key_norm is None:
+        return None
+    eps = float(block.query_norm.variance_epsilon)  # type: ignore[arg-type]
+    return gain(block.query_norm, dtype, device), gain(block.key_norm, dtype, device), eps
 
 
 def _to(weight: Any, device: torch.device) -> Any:
@@ -142,35 +144,61 @@ def _to(weight: Any, device: torch.device) -> Any:
     return type(weight)(**moved)
 
 
+class Step:
+    """A step of ``size`` sequences as a CUDA graph. Rows without a sequence repeat the token 0 of the sequence ``idle``."""
+
+    def __init__(
+        self, compute: Callable[[torch.Tensor, Batch], torch.Tensor], size: int, idle: int, device: torch.device
+    ) -> None:
+        self.ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(size, dtype=torch.int32, device=device)
+        self.slots = torch.full((size,), idle, dtype=torch.int32, device=device)
+        self.idle, batch = idle, Batch(self.positions, self.slots)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # everything is compiled and loaded before the capture
+            compute(self.ids, batch)
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = compute(self.ids, batch)
+
+    def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits ``[B, V]`` of the step for B <= size sequences."""
+        count = len(ids)
+        self.ids[:count], self.positions[:count], self.slots[:count] = ids, batch.positions, batch.slots
+        self.positions[count:], self.slots[count:] = 0, self.idle
+        self.graph.replay()
+        return self.logits[:count].clone()
+
+
 class Engine:
     """A compiled model: `prefill` prompts, `decode` a token for each of a batch of sequences, `free` them; or `generate`.
 
-    ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each, prompt included. ``logits`` are fp32.
+    ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each, prompt included. ``lengths``: tokens of every
+    open sequence. On a GPU a step is a captured graph, one for each power of two of sequences, made at its first use.
     """
 
     def __init__(
         self,
         architecture: Architecture,
         ops: Ops,
-        cache: Any,
+        attend: Attention,
         device: torch.device,
-        max_batch: int,
-        max_tokens: int,
+        limits: tuple[int, int],
     ) -> None:
-        first = architecture.blocks[0]
-        self.heads, self.kv_heads, self.head_dim = first.heads, first.kv_heads, first.head_dim
-        self.ops, self.cache, self.device = ops, cache, device
-        self.max_batch, self.max_tokens = max_batch, max_tokens
+        self.ops, self.attend, self.device = ops, attend, device
+        self.max_batch, self.max_tokens = limits
         self.layers = [layer_of(block, ops, device) for block in architecture.blocks]
         self.eps = float(architecture.final_norm.variance_epsilon)  # type: ignore[arg-type]
-        self.final_norm = architecture.final_norm.weight.detach().to(device, ops.dtype)  # type: ignore[operator]
+        self.final_norm = gain(architecture.final_norm, ops.dtype, device)
         self.embedding = architecture.embedding.weight.detach().to(device, ops.dtype)
         head = architecture.head
         self.head = self.embedding if architecture.tied else head.weight.detach().to(device, ops.dtype)
         self.head_bias = None if head.bias is None else head.bias.detach().to(device, ops.dtype)
-        cos, sin = architecture.rotary(max_tokens, ops.dtype)
-        self.cos, self.sin = cos.to(device), sin.to(device)
         self.lengths: dict[int, int] = {}
+        self._steps: dict[int, Step] = {}
 
     @property
     def vocabulary(self) -> int:
@@ -179,20 +207,13 @@ class Engine:
 
     # -- the step ---------------------------------------------------------------------------------------------------------
 
-    def _hidden(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the last layer adds, the residual before) ``[M, hidden]`` of tokens ``[M]`` at positions ``[M]``."""
-        ops = self.ops
-        residual = self.embedding[tokens]
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
+    def _hidden(self, tokens: torch.Tensor, batch: Batch, prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the last layer adds, the residual before) ``[M, hidden]`` of tokens ``[M]``."""
+        ops, attend = self.ops, self.attend.prompt if prompt else self.attend.step
+        y = residual = self.embedding[tokens]
         a = ops.norm(residual, self.layers[0].input_norm, self.eps)
-        sizes = [self.heads, self.kv_heads, self.kv_heads]
-        y = residual
         for i, layer in enumerate(self.layers):
-            query, key, value = ops.linear(a, layer.qkv).unflatten(-1, (-1, self.head_dim)).split(sizes, 1)
-            if layer.head_norms is not None:
-                q_gain, k_gain, eps = layer.head_norms
-                query, key = exact.rms_norm(query, q_gain, eps), exact.rms_norm(key, k_gain, eps)
-            seen = attend(i, exact.rotate(query, cos, sin), exact.rotate(key, cos, sin), value)
+            seen = attend(i, ops.linear(a, layer.qkv), batch, layer.window)
             y = ops.linear(ops.quantize(seen.flatten(1)), layer.out)
             a, residual = ops.add_norm(y, residual, layer.mlp_norm, self.eps)
             y = ops.linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
@@ -201,7 +222,7 @@ class Engine:
         return y, residual
 
     def _logits(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        last = self.ops.last_norm(y.contiguous(), residual.contiguous(), self.final_norm, self.eps)
+        last = self.ops.last_norm(y, residual, self.final_norm, self.eps)
         return nn.functional.linear(last, self.head, self.head_bias).float()
 
     # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -211,37 +232,26 @@ class Engine:
         """Take in prompts of any lengths, all tokens in the same GEMMs: (a sequence for each, logits ``[B, V]`` after each).
 
         Raises ValueError for an empty prompt, one that is longer than ``max_tokens``, a token outside the vocabulary, more
-        prompts than ``max_batch`` has room for; `paged.PagesExhausted` where the cache is full.
+        prompts than ``max_batch`` has room for; a RuntimeError (`paged.PagesExhausted` on a CPU) where the cache is full.
         """
         ids = [self._checked(prompt) for prompt in prompts]
         if not ids or len(self.lengths) + len(ids) > self.max_batch:
             raise ValueError(
-                f"prompts: {len(ids)} beside {len(self.lengths)} sequences in work; expected at least 1 and together at most "
-                f"max_batch = {self.max_batch}"
+                f"prompts: {len(ids)} beside {len(self.lengths)} sequences in work; expected at least 1 and together at "
+                f"most max_batch = {self.max_batch}"
             )
-        sequences = [self.cache.open() for _ in ids]
+        sequences, counts = [self.attend.open() for _ in ids], [len(prompt) for prompt in ids]
         try:
-            for sequence, prompt in zip(sequences, ids, strict=True):
-                self.cache.reserve(sequence, len(prompt))
+            self.attend.reserve(sequences, counts)
         except BaseException:
             for sequence in sequences:
-                self.cache.free(sequence)
+                self.attend.free(sequence)
             raise
-        counts = [len(prompt) for prompt in ids]
-
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            found = []
-            parts = zip(sequences, *(t.split(counts) for t in (query, key, value)), strict=True)
-            for sequence, q, k, v in parts:
-                found.append(causal(q, k, v, self.layers[layer].window))
-                self.cache.append(layer, sequence, 0, k, v)
-            return torch.cat(found)
-
-        positions = torch.cat([torch.arange(count) for count in counts]).to(self.device)
-        y, residual = self._hidden(torch.cat(ids).to(self.device), positions, attend)
+        batch = batch_of(sequences, counts, [0] * len(ids), self.device)
+        y, residual = self._hidden(torch.cat(ids).to(self.device), batch, prompt=True)
+        self.attend.advance(batch)
+        self.lengths |= dict(zip(sequences, counts, strict=True))
         last = torch.tensor(counts).cumsum(0).sub(1).to(self.device)
-        for sequence, count in zip(sequences, counts, strict=True):
-            self.lengths[sequence] = count
         return sequences, self._logits(y[last], residual[last])
 
     def _checked(self, prompt: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -260,25 +270,33 @@ class Engine:
     def decode(self, sequences: Sequence[int], tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Append one token to each of several different sequences: fp32 logits ``[B, V]`` for what follows.
 
-        Raises KeyError for a sequence that is not open, ValueError for one named twice or at ``max_tokens``, or for tokens that
-        do not fit; `paged.PagesExhausted` where the cache is full.
+        Raises KeyError for a sequence that is not open, ValueError for one named twice or at ``max_tokens``, or for tokens
+        that do not fit; a RuntimeError (`paged.PagesExhausted` on a CPU) where the cache is full.
         """
         ids = torch.as_tensor(tokens)
         self._check_batch(sequences, ids)
-        positions = [self.lengths[sequence] for sequence in sequences]
-        for sequence, position in zip(sequences, positions, strict=True):
-            self.cache.reserve(sequence, position + 1)
-        logits = self._decode(sequences, positions, ids)
+        starts = [self.lengths[sequence] for sequence in sequences]
+        self.attend.reserve(sequences, [start + 1 for start in starts])
+        batch = batch_of(sequences, [1] * len(starts), starts, self.device)
+        ids = ids.to(self.device).long()
+        if self.device.type == "cuda":
+            logits = self._captured(len(sequences))(ids, batch)
+        else:
+            logits = self._logits(*self._hidden(ids, batch, prompt=False))
+        self.attend.advance(batch)
         for sequence in sequences:
             self.lengths[sequence] += 1
         return logits
 
-    def _decode(self, sequences: Sequence[int], positions: list[int], tokens: torch.Tensor) -> torch.Tensor:
-        def attend(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            return self.cache.decode(layer, sequences, positions, (query, key, value), self.layers[layer].window)
-
-        where = torch.tensor(positions, device=self.device)
-        return self._logits(*self._hidden(tokens.to(self.device).long(), where, attend))
+    def _captured(self, count: int) -> Step:
+        """The captured step for at least ``count`` sequences."""
+        size = 1 << (count - 1).bit_length()
+        if size not in self._steps:
+            idle = int(self.attend.idle)  # type: ignore[attr-defined]
+            self._steps[size] = Step(
+                lambda ids, batch: self._logits(*self._hidden(ids, batch, prompt=False)), size, idle, self.device
+            )
+        return self._steps[size]
 
     def _check_batch(self, sequences: Sequence[int], ids: torch.Tensor) -> None:
         if not sequences or ids.shape != (len(sequences),):
@@ -298,7 +316,7 @@ class Engine:
         for sequence in sequences:
             if sequence not in self.lengths:
                 raise KeyError(f"sequences: {sequence} is not open")
-            self.cache.free(sequence)
+            self.attend.free(sequence)
             del self.lengths[sequence]
 
     # -- generation -------------------------------------------------------------------------------------------------------
@@ -336,14 +354,3 @@ class Engine:
                 logits = self.decode([sequences[i] for i in running], [found[i][-1] for i in running])
         finally:
             self.free(sequences)
-
-
-def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Attention of a prompt to itself: query ``[T, Hq, D]``, key and value ``[T, Hkv, D]`` -> ``[T, Hq, D]``, by torch."""
-    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-    length, mask = len(query), None
-    if window is not None and window < length:
-        i = torch.arange(length, device=query.device)
-        mask = (i[:, None] >= i) & (i[:, None] - i < window)
-    seen = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-    return seen[0].transpose(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import arithmetic, attention, engine, online, paged, reference
+from . import arithmetic, attention, engine, online, reference
 from .architecture import Block, describe
 from .attention import Mode
+from .cached_attention import KernelAttention, ReferenceAttention, Shape
 from .checks import require_count, require_enum
 from .engine import Engine
 from .grids import Grid
 from .grouped import Grouped
+from .kv import KVFormat
 from .online import Online
 from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind, pack, quantize_activations
 
@@ -188,11 +191,35 @@ def compile(
     if dtype not in known:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, known))} on {place.type}, got {dtype}")
     first = architecture.blocks[0]
-    pages = max_batch * -(-max_tokens // paged.PAGE)
+    shape = Shape(len(architecture.blocks), first.heads, first.kv_heads, first.head_dim, max_batch, max_tokens)
+    cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
+    norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
     if not on_gpu:
-        cache = paged.PagedCache(len(architecture.blocks), first.kv_heads, first.head_dim, pages, form, dtype, place)
-        return Engine(architecture, arithmetic.ReferenceOps(dtype), cache, place, max_batch, max_tokens)
-    raise NotImplementedError
+        attend = ReferenceAttention(shape, form, (cos, sin), norms, dtype)
+        return Engine(architecture, arithmetic.ReferenceOps(dtype), attend, place, (max_batch, max_tokens))
+    if form != KVFormat():
+        raise ValueError(f"q: keys and values in {form}; on a GPU an engine needs UINT4 per token, as in qoq-g128")
+    for block in architecture.blocks:
+        for role, linear in block.linears():
+            problem = arithmetic.kernel_problem(linear.quantized)  # type: ignore[operator]
+            if problem:
+                raise ValueError(f"q: the kernels cannot multiply by {block.name(role)}: {problem}")
+    package = kernels()
+    if place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.device(place):
+        fast = KernelAttention(package, shape, (cos, sin), norms)
+        return Engine(architecture, arithmetic.KernelOps(package, dtype), fast, place, (max_batch, max_tokens))
+
+
+@functools.cache
+def kernels() -> Any:
+    """The package ``qoqlab_kernels``. Raises RuntimeError where it or numba-cuda cannot be imported."""
+    try:
+        import qoqlab_kernels
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f'qoqlab_kernels: cannot be imported ({error}); pip install "qoqlab[cu13]" (or cu12)') from error
+    return qoqlab_kernels
 
 
 __all__ = ["Mode", "QuantLinear", "compile", "install", "mode", "quantized", "set_mode", "weight_bytes"]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from qoqlab import generate, load_text, load_tiny, paged, quantize, runtime, tokens
 from qoqlab.arithmetic import kernel_problem, side_by_side
 from qoqlab.attention import Mode
-from qoqlab.engine import Sampling, causal
+from qoqlab.cached_attention import causal
+from qoqlab.engine import Sampling
 from qoqlab.hf import KV4Cache
 from qoqlab.kv import KVFormat
 from qoqlab.paged import PAGE, PagedCache, PagesExhausted
@@ -65,7 +66,7 @@ def test_logits_are_those_of_runtime_mode(family: str, preset: str, quantized) -
     for got, (_, want) in zip(logits_of(engine, PROMPTS, [found for found, _ in expected]), expected, strict=True):
         check(got, want)
     assert engine.generate(PROMPTS, 6) == [found for found, _ in expected]
-    assert not engine.lengths and engine.cache.free_pages == 3
+    assert not engine.lengths and engine.attend.cache.free_pages == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -169,11 +170,11 @@ def test_sequences_come_and_go(engine) -> None:
 
 def test_a_page_is_added_where_the_first_is_full(engine) -> None:
     (s,), _ = engine.prefill([torch.zeros(PAGE, dtype=torch.long)])
-    free = engine.cache.free_pages
+    free = engine.attend.cache.free_pages
     engine.decode([s], [1])
-    assert engine.cache.free_pages == free - 1
+    assert engine.attend.cache.free_pages == free - 1
     engine.free([s])
-    assert engine.cache.free_pages == 6
+    assert engine.attend.cache.free_pages == 6
 
 
 def test_generation_ends_at_a_stop_token(engine) -> None:
@@ -204,7 +205,7 @@ def test_bad_requests_are_named_and_change_nothing(engine) -> None:
     ]:
         with pytest.raises(kind, match=message):
             call()
-    assert engine.lengths == {s: 9} and engine.cache.free_pages == 5
+    assert engine.lengths == {s: 9} and engine.attend.cache.free_pages == 5
 
 
 def test_max_tokens_is_a_limit(engine) -> None:
@@ -214,10 +215,10 @@ def test_max_tokens_is_a_limit(engine) -> None:
 
 
 def test_a_full_cache_refuses_and_keeps_nothing(engine) -> None:
-    engine.cache._free = engine.cache._free[:2]
+    engine.attend.cache._free = engine.attend.cache._free[:2]
     with pytest.raises(PagesExhausted, match="pages: 2 more are needed for 65 tokens, 1 are free"):
         engine.prefill([PROMPTS[0], [1] * 65])
-    assert engine.cache.free_pages == 2 and not engine.lengths
+    assert engine.attend.cache.free_pages == 2 and not engine.lengths
 
 
 @settings(max_examples=20)

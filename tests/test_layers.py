@@ -16,7 +16,7 @@ LAYERS = [
     ["grids", "checks", "tensorfile"],
     ["affine", "packing"],
     ["progressive", "grouped", "kv", "hadamard", "transforms", "exact"],
-    ["reference", "paged", "arithmetic"],
+    ["reference", "paged", "arithmetic", "cached_attention"],
     ["schemes", "clipping", "gptq"],
     ["architecture", "online", "attention", "capture", "offload", "bundled"],
     ["engine", "runtime", "steps", "baselines", "outliers", "recipes", "resume"],

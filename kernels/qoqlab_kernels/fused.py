@@ -221,8 +221,10 @@ def _rope(
             )
     for name, value in (("cos", turn.cos), ("sin", turn.sin)):
         if value.dtype != qkv.dtype or value.ndim != 2 or value.shape[1] != d // 2 or value.device != qkv.device:
-            raise ValueError(f"{name}: expected {qkv.dtype} [positions, {d // 2}] on {qkv.device}, got {value.dtype} of shape "
-                             f"{shape_of(value)} on {value.device}")
+            raise ValueError(
+                f"{name}: expected {qkv.dtype} [positions, {d // 2}] on {qkv.device}, got {value.dtype} of shape "
+                f"{shape_of(value)} on {value.device}"
+            )
     if cache.pool.device != qkv.device:
         raise ValueError(f"cache: on {cache.pool.device}, qkv on {qkv.device}")
     query = torch.empty(m, heads, d, dtype=qkv.dtype, device=qkv.device)

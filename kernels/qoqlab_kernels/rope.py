@@ -80,7 +80,9 @@ def rope(form: RopeForm) -> Program:
     @device
     def code(x, scale, zero):
         shifted = ptx.add(ptx.divide(x, scale), zero)
-        return u32(ptx.as_int(ptx.add(ptx.minimum(ptx.maximum(shifted, f32(0.0)), f32(15.0)), f32(exact.ROUNDING)))) & u32(15)
+        return u32(ptx.as_int(ptx.add(ptx.minimum(ptx.maximum(shifted, f32(0.0)), f32(15.0)), f32(exact.ROUNDING)))) & u32(
+            15
+        )
 
     @device
     def store(keep, chunk, token, lane, low, high, value):
@@ -121,7 +123,9 @@ def rope(form: RopeForm) -> Program:
             place = u32((u32(value_pairs) if value else u32(key_pairs)) + u32(4) * token)
             ptx.stg1(chunk + u64(place), ptx.pack_half(scale, zero))
 
-    def kernel(qkv, cos, sin, positions, slots, q_gain, k_gain, query, key, pool, tables, lengths, m, heads, kv_heads, width, eps):
+    def kernel(
+        qkv, cos, sin, positions, slots, q_gain, k_gain, query, key, pool, tables, lengths, m, heads, kv_heads, width, eps
+    ):
         thread = u32(cuda.threadIdx.x)
         lane = u32(thread & u32(lanes - 1))
         rows = u32(heads + kv_heads + kv_heads)
