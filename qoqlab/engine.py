@@ -125,6 +125,31 @@ def layer_of(block: Block, ops: Ops, device: torch.device) -> Layer:
     )
 
 
+@dataclass(frozen=True)
+class Network:
+    """A model's weights on one device: quantised layers; embedding and head ``[V, hidden]``, final norm, in 16 bits."""
+
+    layers: list[Layer]
+    embedding: torch.Tensor
+    final_norm: torch.Tensor
+    eps: float
+    head: torch.Tensor
+    head_bias: torch.Tensor | None = None
+
+
+def network_of(architecture: Architecture, ops: Ops, device: torch.device) -> Network:
+    """A model's weights, fused and ready to run."""
+    embedding, head = architecture.embedding.weight.detach().to(device, ops.dtype), architecture.head
+    return Network(
+        [layer_of(block, ops, device) for block in architecture.blocks],
+        embedding,
+        gain(architecture.final_norm, ops.dtype, device),
+        float(architecture.final_norm.variance_epsilon),  # type: ignore[arg-type]
+        embedding if architecture.tied else head.weight.detach().to(device, ops.dtype),
+        None if head.bias is None else head.bias.detach().to(device, ops.dtype),
+    )
+
+
 def gain(norm: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Weight of an RMSNorm."""
     return norm.weight.detach().to(device, dtype).contiguous()  # type: ignore[operator]
@@ -182,48 +207,47 @@ class Engine:
 
     def __init__(
         self,
-        architecture: Architecture,
+        network: Network,
         ops: Ops,
         attend: Attention,
-        device: torch.device,
         limits: tuple[int, int],
     ) -> None:
-        self.ops, self.attend, self.device = ops, attend, device
+        self.network, self.ops, self.attend = network, ops, attend
         self.max_batch, self.max_tokens = limits
-        self.layers = [layer_of(block, ops, device) for block in architecture.blocks]
-        self.eps = float(architecture.final_norm.variance_epsilon)  # type: ignore[arg-type]
-        self.final_norm = gain(architecture.final_norm, ops.dtype, device)
-        self.embedding = architecture.embedding.weight.detach().to(device, ops.dtype)
-        head = architecture.head
-        self.head = self.embedding if architecture.tied else head.weight.detach().to(device, ops.dtype)
-        self.head_bias = None if head.bias is None else head.bias.detach().to(device, ops.dtype)
         self.lengths: dict[int, int] = {}
         self._steps: dict[int, Step] = {}
 
     @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.network.embedding.device
+
+    @property
     def vocabulary(self) -> int:
         """Number of tokens."""
-        return self.embedding.shape[0]
+        return self.network.embedding.shape[0]
 
     # -- the step ---------------------------------------------------------------------------------------------------------
 
     def _hidden(self, tokens: torch.Tensor, batch: Batch, prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the last layer adds, the residual before) ``[M, hidden]`` of tokens ``[M]``."""
         ops, attend = self.ops, self.attend.prompt if prompt else self.attend.step
-        y = residual = self.embedding[tokens]
-        a = ops.norm(residual, self.layers[0].input_norm, self.eps)
-        for i, layer in enumerate(self.layers):
+        layers, eps = self.network.layers, self.network.eps
+        y = residual = self.network.embedding[tokens]
+        a = ops.norm(residual, layers[0].input_norm, eps)
+        for i, layer in enumerate(layers):
             seen = attend(i, ops.linear(a, layer.qkv), batch, layer.window)
             y = ops.linear(ops.quantize(seen.flatten(1)), layer.out)
-            a, residual = ops.add_norm(y, residual, layer.mlp_norm, self.eps)
+            a, residual = ops.add_norm(y, residual, layer.mlp_norm, eps)
             y = ops.linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
-            if i + 1 < len(self.layers):
-                a, residual = ops.add_norm(y, residual, self.layers[i + 1].input_norm, self.eps)
+            if i + 1 < len(layers):
+                a, residual = ops.add_norm(y, residual, layers[i + 1].input_norm, eps)
         return y, residual
 
     def _logits(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        last = self.ops.last_norm(y, residual, self.final_norm, self.eps)
-        return nn.functional.linear(last, self.head, self.head_bias).float()
+        network = self.network
+        last = self.ops.last_norm(y, residual, network.final_norm, network.eps)
+        return nn.functional.linear(last, network.head, network.head_bias).float()
 
     # -- prompts ----------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from .attention import Mode
 from .cached_attention import KernelAttention, ReferenceAttention, Shape
 from .checks import require_count, require_enum
 from .engine import Engine
-from .grids import Grid
+from .grids import INT8, Grid
 from .grouped import Grouped
 from .kv import KVFormat
 from .online import Online
@@ -31,6 +31,7 @@ class QuantLinear(nn.Module):
     Codes are stored packed beside their scales, in the buffers that `WeightFormat.layout` names. In SIMULATED mode the
     weight is dequantised once and kept; in RUNTIME mode an exact integer GEMM runs (`reference.w4a8_matmul`, or
     `reference.grouped_matmul` where floating-point scales change along K) and its fp16 result is cast to the input's dtype.
+    On a GPU it is the kernels' GEMM, with the same result, where they are installed and can hold the weight.
     Unquantised activations meet the dequantised weight in both modes, as in weight-only kernels. ``transform`` is
     applied to the input first (see `online`).
     """
@@ -54,6 +55,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.online = transform
         self._dequantized: torch.Tensor | None = None
+        self._packed: Any = None  # of the kernels; False: they cannot hold this weight
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -72,11 +74,11 @@ class QuantLinear(nn.Module):
             if name != "bias":
                 moved = self.get_buffer(name)
                 setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
-        self._dequantized = None
+        self._dequantized = self._packed = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dequantized = None
+        self._dequantized = self._packed = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +87,10 @@ class QuantLinear(nn.Module):
             x = self.online(x)
         if self.mode is Mode.RUNTIME and self.activations is not None:
             self._dequantized = None
+            if x.is_cuda and self._on_kernels():
+                a = kernels().quantize_activations(x.reshape(-1, self.in_features))
+                y = kernels().w4a8_gemm(a, None, self._packed, self.bias)
+                return y.reshape(*x.shape[:-1], -1).to(x.dtype)
             codes, weight = quantize_activations(x, self.activations), self.quantized
             if isinstance(codes, Grouped) or isinstance(weight, Grouped):
                 return reference.grouped_matmul(codes, weight, self.bias).to(x.dtype)
@@ -95,6 +101,15 @@ class QuantLinear(nn.Module):
             x = quantize_activations(x, self.activations).dequantize(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self._dequantized, bias)
+
+    def _on_kernels(self) -> bool:
+        """Whether the GPU's kernels compute this layer; packs its weight for them the first time."""
+        if self._packed is None:
+            weight, acts = self.quantized, self.activations
+            grid = acts if isinstance(acts, Grid) else None
+            fits = grid == INT8 and not arithmetic.kernel_problem(weight) and torch.cuda.get_device_capability() >= (8, 0)
+            self._packed = fits and _installed() and kernels().pack_weight(weight)
+        return self._packed is not False
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -196,12 +211,13 @@ def compile(
     norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
     if not on_gpu:
         attend = ReferenceAttention(shape, form, (cos, sin), norms, dtype)
-        return Engine(architecture, arithmetic.ReferenceOps(dtype), attend, place, (max_batch, max_tokens))
+        plain = arithmetic.ReferenceOps(dtype)
+        return Engine(engine.network_of(architecture, plain, place), plain, attend, (max_batch, max_tokens))
     if form != KVFormat():
         raise ValueError(f"q: keys and values in {form}; on a GPU an engine needs UINT4 per token, as in qoq-g128")
     for block in architecture.blocks:
         for role, linear in block.linears():
-            problem = arithmetic.kernel_problem(linear.quantized)  # type: ignore[operator]
+            problem = arithmetic.kernel_problem(linear.quantized)
             if problem:
                 raise ValueError(f"q: the kernels cannot multiply by {block.name(role)}: {problem}")
     package = kernels()
@@ -209,7 +225,17 @@ def compile(
         place = torch.device("cuda", torch.cuda.current_device())
     with torch.cuda.device(place):
         fast = KernelAttention(package, shape, (cos, sin), norms)
-        return Engine(architecture, arithmetic.KernelOps(package, dtype), fast, place, (max_batch, max_tokens))
+        ops = arithmetic.KernelOps(package, dtype)
+        return Engine(engine.network_of(architecture, ops, place), ops, fast, (max_batch, max_tokens))
+
+
+def _installed() -> bool:
+    """Whether the kernels can be imported."""
+    try:
+        kernels()
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache

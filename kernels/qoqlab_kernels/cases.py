@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qoqlab import exact
 from qoqlab.affine import Affine, quantize_per_channel_u4, quantize_per_token_s8
 from qoqlab.grids import UINT4, Zero
 from qoqlab.progressive import FirstLevel, ProgressiveWeight, quantize
@@ -144,3 +145,53 @@ def elementwise_operands(
     for t in (x, residual, both):
         t[1:2] = 0
     return x.to(dtype), residual.to(dtype), (1 + normal(k) / 4).to(dtype), both.to(dtype)
+
+
+def rope_agrees(
+    head_dim: int, dtype: torch.dtype, normed: bool, decode: bool, heads: int, kv_heads: int, device: str = "cpu"
+) -> dict[str, bool]:
+    """Run `fused.rope_append` or `fused.rope_prompt` beside `qoqlab.exact.rotate` and `PagedKV4.append`: which parts agree.
+
+    Two sequences have 18 and 3 tokens in pages of 16 and get one token each, or two as prompts do; one value is zeros, one
+    constant.
+    """
+    from .cache import PagedKV4
+    from .fused import Turn, rope_append, rope_prompt
+
+    generator = torch.Generator(device).manual_seed(head_dim)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    caches = [PagedKV4(2, kv_heads, head_dim, 8, 16, sequences=4, max_tokens=48, device=device) for _ in range(2)]
+    past, each = (18, 3), 1 if decode else 2
+    for sequence, tokens in enumerate(past):
+        keys, values = normal(2, 1, kv_heads, tokens, head_dim)
+        for cache in caches:
+            cache.open()
+            cache.append(1, [sequence], keys, values)
+            cache.reserve([sequence], each)
+    got, want = caches
+    m = 2 * each
+    qkv = normal(m, (heads + 2 * kv_heads) * head_dim) * torch.logspace(0, 5, m, 2.0, device=device)[:, None]
+    qkv[0, -head_dim:], qkv[1, -head_dim:] = 0, 7
+    qkv, angle = qkv.to(dtype), normal(48, head_dim // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    gains = ((1 + normal(head_dim) / 4).to(dtype), (1 + normal(head_dim) / 4).to(dtype)) if normed else None
+    positions = torch.tensor([p + i for p in past for i in range(each)], dtype=torch.int32, device=device)
+    slots = torch.tensor([0, 1], dtype=torch.int32, device=device).repeat_interleave(each)
+    query, key, value = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
+    if gains is not None:
+        query, key = exact.rms_norm(query, gains[0], 1e-6), exact.rms_norm(key, gains[1], 1e-6)
+    at = positions.long()
+    query, key = (exact.rotate(x, cos[at][:, None], sin[at][:, None]) for x in (query, key))
+    new = [x.unflatten(0, (2, each)).transpose(1, 2) for x in (key, value)]
+    want.append(1, [0, 1], *new)
+    turn = Turn(cos, sin, gains, 1e-6)
+    if decode:
+        found = {"query": torch.equal(rope_append(qkv, turn, got, 1, positions, slots), query)}
+        found["lengths"] = torch.equal(got.lengths, want.lengths)
+    else:
+        queries, keys = rope_prompt(qkv, turn, got, 1, positions, slots)
+        found = {"query": torch.equal(queries, query), "key": torch.equal(keys, key)}
+    return found | {"pool": torch.equal(got.pool, want.pool)}

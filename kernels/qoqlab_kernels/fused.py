@@ -180,10 +180,10 @@ def rope_append(
 ) -> torch.Tensor:
     """One decode step's rotary positions and cache append: rotated queries ``[B, Hq, D]``.
 
-    ``qkv [B, (Hq + 2 Hkv) D]`` fp16 or bf16, one new token of each of B different sequences, as the fused GEMM leaves it;
+    ``qkv [B, (Hq + 2 Hkv) D]`` fp16 or bf16, one new token of each of B different sequences, from the fused GEMM;
     ``slots`` int32 [B]: their numbers in ``cache``; ``positions`` int32 [B], for which pages must be reserved. Keys and
-    values go to the cache of ``layer``, whose lengths become ``positions + 1``. Nothing waits and nothing is looked into, so it
-    may be captured in a CUDA graph. Equals `qoqlab.exact.rotate` and `qoqlab.kv.quantize_kv4` bit for bit.
+    values go to the cache of ``layer``, whose lengths become ``positions + 1``. Nothing waits and nothing is looked into, so
+    it may be captured in a CUDA graph. Equals `qoqlab.exact.rotate` and `qoqlab.kv.quantize_kv4` bit for bit.
 
     Raises TypeError or ValueError for wrong dtypes, shapes or devices.
     """
@@ -193,8 +193,8 @@ def rope_append(
 def rope_prompt(
     qkv: torch.Tensor, turn: Turn, cache: PagedKV4, layer: int, positions: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for tokens of prompts, several of a sequence: (queries ``[M, Hq, D]``, keys ``[M, Hkv, D]``), rotated, for the
-    prompts' own attention. The cache's lengths are left alone, see `PagedKV4.advance`."""
+    """The same for tokens of prompts, several of a sequence: (queries ``[M, Hq, D]``, keys ``[M, Hkv, D]``), rotated, for
+    the prompts' own attention. The cache's lengths are left alone, see `PagedKV4.advance`."""
     return _rope(qkv, turn, cache, layer, positions, slots, False)
 
 
@@ -217,13 +217,14 @@ def _rope(
         require_tensor(name, value)
         if value.dtype != torch.int32 or value.shape != (m,) or value.device != qkv.device:
             raise ValueError(
-                f"{name}: expected int32 [{m}] on {qkv.device}, got {value.dtype} of shape {shape_of(value)} on {value.device}"
+                f"{name}: expected int32 [{m}] on {qkv.device}, got {value.dtype} of shape {shape_of(value)} on "
+                f"{value.device}"
             )
     for name, value in (("cos", turn.cos), ("sin", turn.sin)):
         if value.dtype != qkv.dtype or value.ndim != 2 or value.shape[1] != d // 2 or value.device != qkv.device:
             raise ValueError(
-                f"{name}: expected {qkv.dtype} [positions, {d // 2}] on {qkv.device}, got {value.dtype} of shape "
-                f"{shape_of(value)} on {value.device}"
+                f"{name}: expected {qkv.dtype} [positions, {d // 2}] on {qkv.device}, got {value.dtype} of "
+                f"shape {shape_of(value)} on {value.device}"
             )
     if cache.pool.device != qkv.device:
         raise ValueError(f"cache: on {cache.pool.device}, qkv on {qkv.device}")

@@ -211,6 +211,12 @@ def elementwise_compiled() -> dict:
     return {"equal": [torch.equal(a, b) for a, b in zip(layer(x, gate_up), want, strict=True)]}
 
 
+def rope_case(head_dim: int, dtype: str, normed: bool, decode: bool, heads: int = 3, kv_heads: int = 2) -> dict:
+    """`rope_append` (or `rope_prompt`: two tokens a sequence) against `exact.rotate` and the cache's own append: which parts
+    agree. Sequences have 18 and 3 tokens in pages of 16; one value is zeros, one constant."""
+    return cases.rope_agrees(head_dim, getattr(torch, dtype), normed, decode, heads, kv_heads)
+
+
 def fused_multiply_add() -> dict:
     """The emulation's ``fused`` against exact fractions, where a second rounding would show."""
     draw = np.random.default_rng(3)
@@ -375,6 +381,31 @@ def error_cases() -> dict:
     return {name: message_of(call) for name, call in calls.items()}
 
 
+def rope_errors() -> dict:
+    """Calls of `rope_append` with one argument wrong."""
+    cache, half = qk.PagedKV4(1, 2, 64, 4, sequences=2), torch.float16
+    right = {
+        "qkv": torch.zeros(2, 5 * 64, dtype=half),
+        "cos": torch.ones(8, 32, dtype=half),
+        "sin": torch.ones(8, 32, dtype=half),
+        "positions": torch.zeros(2, dtype=torch.int32),
+        "slots": torch.zeros(2, dtype=torch.int32),
+    }
+
+    def append(**wrong: torch.Tensor) -> Any:
+        a = right | wrong
+        return lambda: qk.rope_append(a["qkv"], qk.Turn(a["cos"], a["sin"]), cache, 0, a["positions"], a["slots"])
+
+    return {
+        "qkv: fp32": append(qkv=right["qkv"].float()),
+        "qkv: no queries": append(qkv=right["qkv"][:, :256]),
+        "positions: int64": append(positions=right["positions"].long()),
+        "slots: too few": append(slots=right["slots"][:1]),
+        "cos: a whole head": append(cos=torch.ones(8, 64, dtype=half)),
+        "sin: bf16": append(sin=right["sin"].bfloat16()),
+    }
+
+
 def elementwise_errors() -> dict:
     """Messages for bad input of the element-wise functions."""
     x, weight = torch.ones(3, 64, dtype=torch.float16), torch.ones(64, dtype=torch.float16)
@@ -406,7 +437,7 @@ def elementwise_errors() -> dict:
         "gate_up: I = 16": silu(x[:, :32]),
         "plain x: fp32": lambda: qk.rms_norm(x.float(), weight, 1e-5),
         "plain residual: bf16": lambda: qk.add_rms_norm(x, x.bfloat16(), weight, 1e-5),
-    }
+    } | rope_errors()
     return {name: message_of(call) for name, call in calls.items()}
 
 
@@ -419,6 +450,7 @@ FUNCTIONS = {
         quantize_case,
         elementwise_case,
         elementwise_compiled,
+        rope_case,
         fused_multiply_add,
         spoilt_case,
         mutant_case,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from qoqlab_kernels import elementwise
+from qoqlab_kernels.rope import RopeForm, rope
 
 from .compilers import assert_clean, compile_offline, needs_compilers
 
@@ -39,3 +40,16 @@ def test_compiles_cleanly(kernel: tuple, tmp_path: Path) -> None:
     assert loads == pieces * (1 if operation == "norm" else 2) + (pieces if operation != "silu" else 0)
     assert ("IDP" in made.opcodes) == codes  # sums of codes
     assert "griddepcontrol" in made.text if capability >= (9, 0) else "griddepcontrol" not in made.text
+
+
+@pytest.mark.parametrize(
+    ("form", "capability"),
+    [
+        (RopeForm("half", 128, overlap=True), (9, 0)),
+        (RopeForm("bfloat", 64, 16, normed=True), (8, 0)),
+        (RopeForm("half", 128, normed=True, decode=False), (8, 9)),
+    ],
+)
+def test_rope_compiles_cleanly(form: RopeForm, capability: tuple, tmp_path: Path) -> None:
+    program = rope(form)
+    assert_clean(compile_offline(program, capability, tmp_path), program, 60)

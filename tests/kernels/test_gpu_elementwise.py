@@ -121,3 +121,13 @@ def test_a_chain_in_a_graph(m: int) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rotary_positions_and_the_cache(head_dim: int, dtype: torch.dtype) -> None:
+    for heads, kv_heads in ((3, 2), (8, 1), (32, 8)):
+        for normed in (False, True):
+            for decode in (False, True):
+                agrees = cases.rope_agrees(head_dim, dtype, normed, decode, heads, kv_heads, "cuda")
+                assert all(agrees.values()), (heads, kv_heads, normed, decode, agrees)

@@ -30,6 +30,25 @@ def test_a_ninth_token(simulator: Simulator) -> None:
     assert simulator("elementwise_case", operation="norm", m=9, k=32, dtype="bfloat16") == GOOD
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "normed", "decode", "heads", "kv_heads"),
+    [
+        (128, "float16", False, True, 3, 1),
+        (64, "float16", True, True, 2, 2),
+        (128, "bfloat16", True, False, 2, 1),
+        (64, "bfloat16", False, False, 3, 1),
+    ],
+)
+def test_rotary_positions_and_the_cache(
+    simulator: Simulator, head_dim: int, dtype: str, normed: bool, decode: bool, heads: int, kv_heads: int
+) -> None:
+    answer = simulator(
+        "rope_case", head_dim=head_dim, dtype=dtype, normed=normed, decode=decode, heads=heads, kv_heads=kv_heads
+    )
+    assert set(answer) == ({"query", "lengths", "pool"} if decode else {"query", "key", "pool"})
+    assert all(answer.values()), answer
+
+
 def test_torch_compile(simulator: Simulator) -> None:
     assert simulator("elementwise_compiled") == {"equal": [True] * 4}
 
@@ -61,6 +80,15 @@ RULES = {
     "gate_up: fp32": ("TypeError", "gate_up: expected fp16 or bf16, got torch.float32"),
     "gate_up: I = 16": ("ValueError", "gate_up: expected a matrix with a multiple of 64 columns, got 3x32"),
     "plain x: fp32": ("TypeError", "x: expected fp16 or bf16, got torch.float32"),
+    "qkv: fp32": ("TypeError", "qkv: expected fp16 or bf16, got torch.float32"),
+    "qkv: no queries": ("ValueError", "qkv: 256 columns leave no query heads beside twice 2 heads of 64"),
+    "positions: int64": ("ValueError", "positions: expected int32 [2] on cpu, got torch.int64"),
+    "slots: too few": ("ValueError", "slots: expected int32 [2] on cpu, got torch.int32 of shape 1"),
+    "cos: a whole head": (
+        "ValueError",
+        "cos: expected torch.float16 [positions, 32] on cpu, got torch.float16 of shape 8x64",
+    ),
+    "sin: bf16": ("ValueError", "sin: expected torch.float16 [positions, 32] on cpu, got torch.bfloat16"),
     "plain residual: bf16": ("ValueError", "residual: expected torch.float16 of shape 3x64 on cpu as x"),
 }
 
