@@ -1,7 +1,7 @@
 """What an engine does between the q, k, v GEMM and the output GEMM: heads' norms, rotary positions, the cache, attention.
 
-`ReferenceAttention` works on `paged.PagedCache` with `reference` and torch; `KernelAttention` on the kernels' cache. A prompt
-attends to its own exact keys and values, through torch, on both.
+`ReferenceAttention` works on `paged.PagedCache` with `reference` and torch; `KernelAttention` on the kernels' cache. A
+prompt attends to its own exact keys and values, through torch, on both.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Shape:
 class Batch:
     """Tokens of a step, one sequence after the other: ``counts[i]`` of ``sequences[i]``, the first at ``starts[i]``.
 
-    ``positions`` and ``slots`` int32 [M] say the same token by token on the device (a slot is a sequence's number); a captured
-    graph has only these.
+    ``positions`` and ``slots`` int32 [M] say the same token by token on the device (a slot is a sequence's number); a
+    captured graph has only these.
     """
 
     positions: torch.Tensor

@@ -3,9 +3,10 @@
     python -m qoqlab_kernels.bench decode --json data/benchmarks/decode.json
 
 The geometry is Llama-3-8B's; weights are random and made on the GPU. Both sides run as one CUDA graph: here the W4A8 GEMMs,
-the fused element-wise kernels and KV4 attention; there torch's fp16 linears (cuBLAS), `scaled_dot_product_attention` on a static
-cache and torch's element-wise operations. ``gemm`` and ``attention`` are graphs of these kernels alone; ``bound`` is the least
-bytes of weights, head and cache over the bandwidth of a large copy, or the GEMMs' operations over the integer rate if longer.
+the fused element-wise kernels and KV4 attention; there torch's fp16 linears (cuBLAS), `scaled_dot_product_attention` on a
+static cache and torch's element-wise operations. ``gemm`` and ``attention`` are graphs of these kernels alone; ``bound`` is
+the least bytes of weights, head and cache over the bandwidth of a large copy, or the GEMMs' operations over the integer rate
+if longer.
 """
 
 from __future__ import annotations
@@ -115,19 +116,20 @@ def time_engine(engine: Engine, batch: Batch) -> dict[str, float]:
     """Microseconds of the step, of its GEMMs alone, of its attention alone."""
     size, ops = len(batch.sequences), engine.ops
     ids = torch.randint(engine.vocabulary, (size,), device="cuda")
-    step = Step(lambda i, b: engine._logits(*engine._hidden(i, b, prompt=False)), size, engine.attend.idle, engine.device)  # type: ignore[attr-defined]
+    attend: Any = engine.attend
+    step = Step(lambda i, b: engine._logits(*engine._hidden(i, b, prompt=False)), size, attend.idle, engine.device)
     logits = step(ids, batch)
     if not bool(logits.isfinite().all()):
         raise measure.WrongResult("the step's logits are not finite")
     first = engine.network.layers[0]
-    inputs = [ops.quantize(torch.randn(size, p.weight.k, device="cuda", dtype=DTYPE)) for p in (first.qkv, first.out, first.gate_up, first.down)]  # fmt: skip
+    linears = (first.qkv, first.out, first.gate_up, first.down)
+    inputs = [ops.quantize(torch.randn(size, p.weight.k, device="cuda", dtype=DTYPE)) for p in linears]
 
     def gemms() -> None:
         for layer in engine.network.layers:
             for a, p in zip(inputs, (layer.qkv, layer.out, layer.gate_up, layer.down), strict=True):
                 ops.linear(a, p)
 
-    attend: Any = engine.attend
     query = torch.randn(size, attend.shape.heads, attend.shape.head_dim, device="cuda", dtype=DTYPE)
 
     def attention() -> None:

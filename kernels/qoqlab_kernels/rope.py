@@ -86,8 +86,8 @@ def rope(form: RopeForm) -> Program:
 
     @device
     def store(keep, chunk, token, lane, low, high, value):
-        """Quantise a head and, if it is to be kept, put it in its place of the chunk. All lanes of a warp come along, because
-        they exchange numbers."""
+        """Quantise a head and, if it is to be kept, put it in its place of the chunk. All lanes of a warp come along,
+        because they exchange numbers."""
         x0, x1 = unpack(low)
         x2, x3 = unpack(high)
         least = ptx.minimum(ptx.minimum(x0, x1), ptx.minimum(x2, x3))
