@@ -56,6 +56,7 @@ _MODULES = [
     "deepcompressor",
     "engine_files",
     "evaluate",
+    "exact",
     "exercises",
     "formats",
     "gptq",

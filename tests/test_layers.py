@@ -15,7 +15,7 @@ PACKAGE = ROOT / "qoqlab"
 LAYERS = [
     ["grids", "checks", "tensorfile"],
     ["affine", "packing"],
-    ["progressive", "grouped", "kv", "hadamard", "transforms"],
+    ["progressive", "grouped", "kv", "hadamard", "transforms", "exact"],
     ["reference"],
     ["schemes", "clipping", "gptq"],
     ["architecture", "online", "attention", "capture", "offload", "bundled"],

@@ -8,6 +8,7 @@ Needs numba-cuda (``pip install "qoqlab[cu13]"``) and a GPU of compute capabilit
 simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
 
+from .fused import add_rms_norm, add_rms_norm_s8, rms_norm, rms_norm_s8, silu_mul_s8
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
 from .matmul import plan, quantize_activations, w4a8_gemm

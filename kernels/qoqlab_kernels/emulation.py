@@ -171,6 +171,14 @@ def stg1(at: int, value: Any) -> None:
     _block().global_bytes(at, 4, 4).view(np.uint32)[0] = value
 
 
+def prefetch(at: int) -> None:
+    _block().global_bytes(at, 1, 1)
+
+
+def stg2(at: int, *values: Any) -> None:
+    _block().global_bytes(at, 8, 8).view(np.uint32)[:] = values
+
+
 def stg4(at: int, *values: Any) -> None:
     _block().global_bytes(at, 16, 16).view(np.uint32)[:] = values
 
@@ -252,8 +260,43 @@ def round_half(value: Any) -> np.float32:
         return np.float32(np.float16(np.float32(value)))
 
 
+def _pairwise(unpack: Callable, pack: Callable, operation: Callable) -> Callable:
+    """An operation on pairs of 16-bit numbers: fp32 holds their products, and sums whose second rounding does no harm."""
+
+    def paired(a: Any, b: Any) -> np.uint32:
+        return pack(*(operation(x, y) for x, y in zip(unpack(a), unpack(b), strict=True)))
+
+    return paired
+
+
+multiply_halves, multiply_bfloats = (
+    _pairwise(unpack_half, pack_half, multiply),
+    _pairwise(unpack_bfloat, pack_bfloat, multiply),
+)
+add_halves, add_bfloats = _pairwise(unpack_half, pack_half, add), _pairwise(unpack_bfloat, pack_bfloat, add)
+
+
+def fused(a: Any, b: Any, c: Any) -> np.float32:
+    """In fp64 the product is exact; the sum is rounded to odd there, so that rounding it once more is rounding once."""
+    product, c = float(a) * float(b), float(c)
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    if error and not np.float64(total).view(np.uint64) & np.uint64(1):
+        total = float(np.nextafter(total, np.inf if error > 0 else -np.inf))
+    return np.float32(total)
+
+
 def divide(a: Any, b: Any) -> np.float32:
     return np.float32(a) / np.float32(b)
+
+
+def root(value: Any) -> np.float32:
+    return np.sqrt(np.float32(value))
+
+
+def reciprocal(value: Any) -> np.float32:
+    return np.float32(1) / np.float32(value)
 
 
 def absolute(value: Any) -> np.float32:
@@ -262,6 +305,17 @@ def absolute(value: Any) -> np.float32:
 
 def maximum(a: Any, b: Any) -> np.float32:
     return np.float32(np.fmax(a, b))
+
+
+def minimum(a: Any, b: Any) -> np.float32:
+    return np.float32(np.fmin(a, b))
+
+
+def _larger(x: Any, y: Any) -> np.float32:
+    return maximum(absolute(x), absolute(y))
+
+
+largest_halves, largest_bfloats = _pairwise(unpack_half, pack_half, _larger), _pairwise(unpack_bfloat, pack_bfloat, _larger)
 
 
 def as_int(value: Any) -> np.int32:
@@ -279,6 +333,14 @@ def dp4a(weights: Any, activations: Any, total: Any) -> np.int32:
 
 def shuffle_xor(value: Any, mask: Any) -> np.int32:
     return _warp((value,), lambda lanes: [lanes[k ^ int(mask)][0] for k in range(32)])
+
+
+def largest_of_warp(value: Any) -> np.uint32:
+    return _warp((int(value),), lambda lanes: [np.uint32(max(lane[0] for lane in lanes))] * 32)
+
+
+def sum_of_warp(value: Any) -> np.int32:
+    return _warp((int(value),), lambda lanes: [np.int32(sum(lane[0] for lane in lanes))] * 32)
 
 
 # -- barriers and copies --------------------------------------------------------------------------------------------------
