@@ -189,15 +189,17 @@ def kv4_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
 def rms_norm_s8(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Affine:
     """RMSNorm, then INT8 per token: what feeds the q, k, v GEMM (paper section 5.1, figure 11).
 
-    ``x [..., K]`` float, ``weight [K]``, ``eps`` > 0. The norm is `exact.rms_norm`, a true RMSNorm (QServe's kernel subtracts
-    the mean). An all-zero token gives zero codes and scale 1. Raises TypeError or ValueError for wrong operands, NaN,
-    infinity.
+    ``x [..., K]`` float, ``weight [K]``, ``eps`` > 0. The norm is `exact.rms_norm`, a true RMSNorm (QServe's kernel
+    subtracts the mean). An all-zero token gives zero codes and scale 1. Raises TypeError or ValueError for wrong
+    operands, NaN, infinity.
     """
     _require_norm("x", x, weight, eps)
     return quantize_per_token_s8(exact.rms_norm(x, weight, eps))
 
 
-def add_rms_norm_s8(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[Affine, torch.Tensor]:
+def add_rms_norm_s8(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[Affine, torch.Tensor]:
     """Residual add, RMSNorm, INT8 per token: (quantised norm of the sum, the sum ``x + residual`` in x's dtype).
 
     ``x``, ``residual`` ``[..., K]`` of one dtype; otherwise as `rms_norm_s8`.
@@ -215,8 +217,8 @@ def add_rms_norm_s8(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tenso
 def silu_mul_s8(gate_up: torch.Tensor) -> Affine:
     """``silu(gate) * up``, then INT8 per token: what feeds the down projection.
 
-    ``gate_up [..., 2 I]`` float, the gate in the first half, as the fused GEMM leaves them; codes ``[..., I]``. The activation
-    is `exact.silu_mul`. Raises TypeError or ValueError for wrong operands, NaN, infinity.
+    ``gate_up [..., 2 I]`` float, the gate in the first half, as the fused GEMM leaves them; codes ``[..., I]``. The
+    activation is `exact.silu_mul`. Raises TypeError or ValueError for wrong operands, NaN, infinity.
     """
     require_finite("gate_up", gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2 or gate_up.shape[-1] == 0:

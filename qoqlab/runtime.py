@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,12 +18,45 @@ from . import attention, online, reference
 from .architecture import Block, describe
 from .attention import Mode
 from .checks import require_enum
-from .grids import Grid
+from .grids import INT8, Grid
 from .grouped import Grouped
 from .online import Online
 from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind, pack, quantize_activations
 
 QuantizedWeight = reference.QuantizedWeight
+#: Environment variable: "reference" keeps RUNTIME mode on `reference` where the GPU's kernels could compute the same.
+CHOICE = "QOQLAB_RUNTIME"
+#: Oldest GPU that the kernels run on.
+CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """`qoqlab_kernels`, None (said once) where it or its compiler is not installed."""
+    try:
+        metadata.version("numba-cuda")  # numba alone only simulates kernels
+        import qoqlab_kernels
+        from qoqlab_kernels.ptx import SIMULATED
+
+        return None if SIMULATED else qoqlab_kernels
+    except Exception as error:  # of a broken driver too: the reference computes the same, only slower
+        warnings.warn(
+            f"qoqlab_kernels: not usable ({type(error).__name__}: {error}); layers on the GPU compute by qoqlab.reference",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def kernels(device: torch.device) -> ModuleType | None:
+    """The kernels' package if it runs on ``device``: an NVIDIA GPU of compute capability 8.0 or newer, `numba-cuda`
+    installed. None otherwise, and where the environment variable ``QOQLAB_RUNTIME`` is "reference"."""
+    choice = os.environ.get(CHOICE, "")
+    if choice not in ("", "kernels", "reference"):
+        raise ValueError(f"{CHOICE}: expected kernels or reference, got {choice!r}")
+    if choice == "reference" or device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return None
+    return _kernels()
 
 
 class QuantLinear(nn.Module):
@@ -27,6 +65,8 @@ class QuantLinear(nn.Module):
     Codes are stored packed beside their scales, in the buffers that `WeightFormat.layout` names. In SIMULATED mode the
     weight is dequantised once and kept; in RUNTIME mode an exact integer GEMM runs (`reference.w4a8_matmul`, or
     `reference.grouped_matmul` where floating-point scales change along K) and its fp16 result is cast to the input's dtype.
+    On a GPU the same result, bit for bit, comes from `qoqlab_kernels.w4a8_gemm` where the kernels are installed and take the
+    weight (`kernels`); its packed form is made once and kept, and inputs are not searched for NaN.
     Unquantised activations meet the dequantised weight in both modes, as in weight-only kernels. ``transform`` is
     applied to the input first (see `online`).
     """
@@ -50,6 +90,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.online = transform
         self._dequantized: torch.Tensor | None = None
+        self._packed: Any = None  # the weight as the kernels read it; False: they cannot hold it
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -68,11 +109,11 @@ class QuantLinear(nn.Module):
             if name != "bias":
                 moved = self.get_buffer(name)
                 setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
-        self._dequantized = None
+        self._dequantized = self._packed = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dequantized = None
+        self._dequantized = self._packed = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +122,9 @@ class QuantLinear(nn.Module):
             x = self.online(x)
         if self.mode is Mode.RUNTIME and self.activations is not None:
             self._dequantized = None
+            y = self._by_kernels(x)
+            if y is not None:
+                return y
             codes, weight = quantize_activations(x, self.activations), self.quantized
             if isinstance(codes, Grouped) or isinstance(weight, Grouped):
                 return reference.grouped_matmul(codes, weight, self.bias).to(x.dtype)
@@ -91,6 +135,27 @@ class QuantLinear(nn.Module):
             x = quantize_activations(x, self.activations).dequantize(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self._dequantized, bias)
+
+    def _by_kernels(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's result by the GPU's kernels, None where they do not apply."""
+        per_token = ActivationFormat(INT8)
+        if self.activations not in (INT8, per_token) or x.numel() == 0 or x.shape[-1] != self.in_features:
+            return None
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return None
+        qk = kernels(x.device)
+        if qk is None:
+            return None
+        if self._packed is None:
+            try:
+                self._packed = qk.pack_weight(self.quantized)
+            except (TypeError, ValueError):  # another format, or sizes that are no multiples of 32
+                self._packed = False
+        if self._packed is False or self._packed.device != x.device:
+            return None
+        tokens = qk.quantize_activations(x.reshape(-1, x.shape[-1]))
+        y = qk.w4a8_gemm(tokens, None, self._packed, self.bias)
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -158,4 +223,4 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(floats.values()) + sum(m.storage_bytes() for m in quantized_layers)
 
 
-__all__ = ["Mode", "QuantLinear", "install", "mode", "quantized", "set_mode", "weight_bytes"]
+__all__ = ["Mode", "QuantLinear", "install", "kernels", "mode", "quantized", "set_mode", "weight_bytes"]

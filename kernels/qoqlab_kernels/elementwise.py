@@ -1,9 +1,9 @@
 """What lies between the GEMMs of a layer, each in one pass: RMSNorm, residual add, SiLU, and INT8 per token.
 
-One block a token. A thread takes *pieces* of 8 inputs (16 bytes), keeps them in registers from the load to the codes, and the
-block meets three times: for the sum of squares, for the largest value, for the sum of codes. What the kernels equal, bit for
-bit, is `qoqlab.reference.rms_norm_s8` and its neighbours: sums are folded in the order of `qoqlab.exact.fold`, which does not
-depend on how many threads share the work.
+One block a token. A thread takes *pieces* of 8 inputs (16 bytes), keeps them in registers from the load to the codes, and
+the block meets three times: for the sum of squares, for the largest value, for the sum of codes. What the kernels equal, bit
+for bit, is `qoqlab.reference.rms_norm_s8` and its neighbours: sums are folded in the order of `qoqlab.exact.fold`, which
+does not depend on how many threads share the work.
 
 Quotients. ``round(y / scale)`` must be that of an IEEE division, but 4096 divisions a token cost more time than the token's
 bytes. With ``1 / scale = high + low`` (`low` is exact but for its own rounding), ``fused(y, high, y * low)`` is the quotient
@@ -255,7 +255,7 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
                 total = block_sum(squares(values), sums, thread)
                 mean = ptx.divide(total, f32(k))
                 factor = ptx.reciprocal(ptx.root(ptx.add(mean, ptx.as_float(eps))))
-                if held:
+                if held:  # noqa: SIM108 (numba drops the branch not taken)
                     values = normed(values, gains, factor)
                 else:
                     values = normed_loading(values, factor, ptx.address(gain), thread)

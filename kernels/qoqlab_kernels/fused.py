@@ -35,8 +35,8 @@ def add_rms_norm_s8(
 ) -> tuple[Activations, torch.Tensor]:
     """``x + residual``, its RMSNorm, INT8 per token: (quantised norm in the GEMM's order, the sum ``[M, K]``).
 
-    ``residual [M, K]`` as ``x``, which is left alone; otherwise as `rms_norm_s8`. Equals `qoqlab.reference.add_rms_norm_s8` bit
-    for bit.
+    ``residual [M, K]`` as ``x``, which is left alone; otherwise as `rms_norm_s8`. Equals `qoqlab.reference.add_rms_norm_s8`
+    bit for bit.
     """
     made, total = _compiled(_add_norm_operator, "add_norm", x, residual, weight, eps)
     return made, total
@@ -90,8 +90,8 @@ def _check_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Te
     _require_matrix("x", x, 32)
     if weight.dtype != x.dtype or weight.shape != x.shape[1:] or weight.device != x.device:
         raise ValueError(
-            f"weight: expected {x.dtype} of shape {x.shape[1]} on {x.device}, one gain per input, got {weight.dtype} of shape "
-            f"{shape_of(weight)} on {weight.device}"
+            f"weight: expected {x.dtype} of shape {x.shape[1]} on {x.device}, one gain per input, got {weight.dtype} of "
+            f"shape {shape_of(weight)} on {weight.device}"
         )
     if residual is not None and (residual.dtype != x.dtype or residual.shape != x.shape or residual.device != x.device):
         raise ValueError(

@@ -17,11 +17,12 @@ from unittest import mock
 import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import cases, emulation, gemm, launch, layout, matmul, ptx
+from qoqlab_kernels import cases, emulation, fused, gemm, launch, layout, matmul, ptx
 from qoqlab_kernels.cases import Case
 from qoqlab_kernels.plan import Plan
 
-from qoqlab.affine import quantize_per_token_s8
+from qoqlab import exact, reference
+from qoqlab.affine import Affine, quantize_per_token_s8
 
 from .expected import product
 
@@ -165,6 +166,114 @@ def quantize_case(m: int, k: int, dtype: str, how: str = "contiguous") -> dict:
         "scales": torch.equal(got.scales, scales),
         "sums": torch.equal(got.sums.long(), codes.sum(-1, dtype=torch.int64)),
     }
+
+
+# -- fused element-wise kernels -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Any:
+    """Memory that `torch.empty` hands out is full of poison, so what a kernel leaves unwritten is noticed."""
+    empty = torch.empty
+
+    def poisoned_empty(*size: Any, **options: Any) -> torch.Tensor:
+        made = empty(*size, **options)
+        made.view(torch.uint8).fill_(0xA5)
+        return made
+
+    with mock.patch.object(torch, "empty", poisoned_empty):
+        yield
+
+
+def _as_the_reference(got: layout.Activations, want: Affine) -> bool:
+    tiled = layout.tile_activations(want.codes, want.scales)
+    return torch.equal(got.tiles, tiled.tiles) and torch.equal(got.tokens, tiled.tokens)
+
+
+def fused_case(operation: str, m: int, k: int, dtype: str, how: str = "contiguous", threads: int = 0) -> dict:
+    """A fused kernel against `qoqlab.reference`: tokens of very different sizes, the last one all zeros."""
+    generator = torch.Generator().manual_seed(m * k)
+    sizes = torch.logspace(2, -2, m)[:, None]
+    sizes[-1] = 0 if m > 1 else 1
+
+    def numbers(columns: int) -> torch.Tensor:
+        return _laid_out((torch.randn(m, columns, generator=generator) * sizes).to(getattr(torch, dtype)), how)
+
+    x, residual = numbers(2 * k if operation == "silu_mul_s8" else k), numbers(k)
+    weight = torch.randn(k, generator=generator).to(x.dtype)
+    before = residual.clone()
+    chosen = mock.patch.object(fused, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext()
+    with poisoned_outputs(), chosen:
+        if operation == "silu_mul_s8":
+            good = _as_the_reference(qk.silu_mul_s8(x), reference.silu_mul_s8(x))
+        elif operation == "rms_norm_s8":
+            good = _as_the_reference(qk.rms_norm_s8(x, weight, 1e-5), reference.rms_norm_s8(x, weight, 1e-5))
+        elif operation == "add_rms_norm_s8":
+            (got, total), (want, sum_) = (
+                f(x, residual, weight, 1e-6) for f in (qk.add_rms_norm_s8, reference.add_rms_norm_s8)
+            )
+            good = _as_the_reference(got, want) and torch.equal(total, sum_)
+        elif operation == "rms_norm":
+            good = torch.equal(qk.rms_norm(x, weight, 1e-5), exact.rms_norm(x, weight, 1e-5))
+        else:
+            good = torch.equal(qk.add_rms_norm(x, residual, weight, 1e-5), exact.rms_norm(x + residual, weight, 1e-5))
+    return {"equal": good, "kept": torch.equal(residual, before)}
+
+
+def compiled_fused_case(m: int, k: int) -> dict:
+    """The fused operators under torch.compile, in one graph."""
+    generator = torch.Generator().manual_seed(1)
+    x, residual, gate_up = (torch.randn(m, n, generator=generator).half() for n in (k, k, 2 * k))
+    weight = torch.randn(k, generator=generator).half()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x: torch.Tensor, residual: torch.Tensor, gate_up: torch.Tensor) -> tuple:
+        made, total = qk.add_rms_norm_s8(x * 2, residual, weight, 1e-5)
+        normed, gated = qk.rms_norm_s8(x, weight, 1e-5), qk.silu_mul_s8(gate_up)
+        return made.tiles, total, normed.tiles, gated.tiles
+
+    tiles, total, normed, gated = step(x, residual, gate_up)
+    want, sum_ = reference.add_rms_norm_s8(x * 2, residual, weight, 1e-5)
+    others = (want, reference.rms_norm_s8(x, weight, 1e-5), reference.silu_mul_s8(gate_up))
+    same = [
+        torch.equal(a, layout.tile_activations(b.codes, b.scales).tiles)
+        for a, b in zip((tiles, normed, gated), others, strict=True)
+    ]
+    return {"equal": [*same, torch.equal(total, sum_)]}
+
+
+def fused_errors() -> dict:
+    """Bad input of the fused functions: name -> ``[class, message]``."""
+    x, weight = torch.zeros(3, 64, dtype=torch.float16), torch.ones(64, dtype=torch.float16)
+
+    def norm(x: Any = x, weight: Any = weight, eps: float = 1e-5) -> Any:
+        return lambda: qk.rms_norm_s8(x, weight, eps)
+
+    def add(residual: Any) -> Any:
+        return lambda: qk.add_rms_norm_s8(x, residual, weight, 1e-5)
+
+    calls = {
+        "x: a list": norm([[1.0]]),
+        "x: fp32": norm(x.float()),
+        "x: one row": norm(x[0]),
+        "x: K = 48": norm(x[:, :48]),
+        "x: no tokens": norm(x[:0]),
+        "x: elsewhere": norm(x.to("meta"), weight.to("meta")),
+        "weight: a list": norm(weight=[1.0]),
+        "weight: bf16": norm(weight=weight.bfloat16()),
+        "weight: other K": norm(weight=weight[:32]),
+        "eps: zero": norm(eps=0.0),
+        "eps: NaN": norm(eps=float("nan")),
+        "residual: other shape": add(x[:2]),
+        "residual: bf16": add(x.bfloat16()),
+        "residual: a list": add([1.0]),
+        "unquantised: K = 48": lambda: qk.rms_norm(x[:, :48], weight[:48], 1e-5),
+        "unquantised: residual": lambda: qk.add_rms_norm(x, x[:2], weight, 1e-5),
+        "gate_up: fp32": lambda: qk.silu_mul_s8(x.float()),
+        "gate_up: I = 16": lambda: qk.silu_mul_s8(x[:, :32]),
+        "gate_up: a list": lambda: qk.silu_mul_s8([1.0]),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
 
 
 # -- what the tests must notice -------------------------------------------------------------------------------------------
@@ -314,7 +423,19 @@ def error_cases() -> dict:
 
 FUNCTIONS = {
     f.__name__: f
-    for f in (gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases)
+    for f in (
+        gemm_case,
+        public_case,
+        compiled_case,
+        quantize_case,
+        fused_case,
+        compiled_fused_case,
+        fused_errors,
+        spoilt_case,
+        mutant_case,
+        cluster_case,
+        error_cases,
+    )
 }
 
 
