@@ -163,12 +163,19 @@ def ldg1(at: int) -> np.uint32:
     return _load(_block().global_bytes(at, 4, 4))[0]
 
 
+ldr1 = ldg1
+
+
 def ldg4(at: int) -> tuple:
     return _load(_block().global_bytes(at, 16, 16))
 
 
 def stg1(at: int, value: Any) -> None:
     _block().global_bytes(at, 4, 4).view(np.uint32)[0] = value
+
+
+def st_byte(at: int, value: Any) -> None:
+    _block().global_bytes(at, 1, 1)[0] = int(value) & 0xFF
 
 
 def prefetch(at: int) -> None:

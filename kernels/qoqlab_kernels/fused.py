@@ -10,7 +10,8 @@ import torch
 from qoqlab import exact
 from qoqlab.checks import require_tensor, shape_of
 
-from . import elementwise, ptx
+from . import elementwise, ptx, rope
+from .cache import PagedKV4
 from .layout import UNIT_K, Activations, blocks
 from .matmul import KINDS, _aligned, _gpu, _require_place, _run
 
@@ -66,6 +67,64 @@ def silu_mul_s8(gate_up: torch.Tensor) -> Activations:
         tiles, tokens = _silu_operator(gate_up)
         return Activations(tiles, tokens, gate_up.shape[0], gate_up.shape[1] // 2)
     return _launch("silu", gate_up, None, None, 1.0)[0]
+
+
+def rope_kv4_append(
+    cache: PagedKV4,
+    layer: int,
+    slots: torch.Tensor,
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """RoPE, and a layer's keys and values into the cache, in one kernel. Returns the turned queries ``[M, Hq, D]``.
+
+    ``qkv [M, (Hq + 2 Hkv) D]`` fp16 or bf16: queries, keys, values of M tokens, as the fused GEMM leaves them. ``cos``,
+    ``sin`` ``[positions, D/2]`` of the same dtype: any kind of RoPE. ``slots`` int32 [M]: the token's sequence. Without
+    ``positions``, M different sequences grow by one token each, and so do the cache's ``lengths`` (the device's only: see
+    `PagedKV4.reserve` and `PagedKV4.advance`, which a caller needs before and after). ``positions`` int32 [M]: where each
+    token belongs; lengths stay. Equals `qoqlab.exact.rotate` and `qoqlab.kv.quantize_kv4` bit for bit; may be captured in a
+    CUDA graph. What slots and positions hold is not looked at: that would wait for the GPU.
+
+    Raises TypeError or ValueError for another dtype, shape or device.
+    """
+    if not isinstance(cache, PagedKV4):
+        raise TypeError(f"cache: expected a PagedKV4, got {type(cache).__name__}")
+    cache._layer(layer)
+    for name, value in (("qkv", qkv), ("cos", cos), ("sin", sin), ("slots", slots)):
+        require_tensor(name, value)
+    dim, kv_heads = cache.head_dim, cache.kv_heads
+    _require_matrix("qkv", qkv, dim)
+    m, heads = qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads
+    if heads < 1:
+        raise ValueError(f"qkv: {qkv.shape[1]} columns are not queries beside {kv_heads} keys and values of {dim}")
+    if cache.pool.device != qkv.device:
+        raise ValueError(f"cache: on {cache.pool.device}, qkv on {qkv.device}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != qkv.dtype or table.ndim != 2 or table.shape[1] != dim // 2 or table.device != qkv.device:
+            raise ValueError(
+                f"{name}: expected {qkv.dtype} [positions, {dim // 2}] on {qkv.device}, got {table.dtype} of shape "
+                f"{shape_of(table)} on {table.device}"
+            )
+    if cos.shape != sin.shape:
+        raise ValueError(f"sin: {shape_of(sin)} does not have cos's shape {shape_of(cos)}")
+    for name, numbers in (("slots", slots), *([] if positions is None else [("positions", positions)])):
+        if numbers.dtype != torch.int32 or numbers.shape != (m,) or numbers.device != qkv.device:
+            raise ValueError(
+                f"{name}: expected int32 [{m}] on {qkv.device}, one number per token, got {numbers.dtype} of shape "
+                f"{shape_of(numbers)} on {numbers.device}"
+            )
+    queries = torch.empty(m, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    arrays = [_aligned(qkv), _aligned(cos), _aligned(sin), slots.contiguous()]
+    arrays += [slots if positions is None else positions.contiguous(), cache.tables, cache.lengths[layer], cache.pool[layer]]
+    arrays.append(queries)
+    if ptx.SIMULATED:
+        arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
+    overlap = not ptx.SIMULATED and _gpu(qkv.device.index)[0] >= (9, 0)
+    constants = (KINDS[qkv.dtype], heads, kv_heads, cache.layout, positions is None, overlap)
+    _run(rope.rope_kv4, constants, (m, 1, 1), [*arrays, cache.tables.shape[1]])
+    return queries
 
 
 def threads_for(m: int, k: int, processors: int) -> int:

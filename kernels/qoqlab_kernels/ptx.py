@@ -114,6 +114,9 @@ lds4 = instruction("lds4", "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 
 sts1 = instruction("sts1", "st.shared.u32 [$0], $1;", (), (u32, u32))
 ldg1 = instruction("ldg1", "ld.global.nc.u32 $0, [$1];", (u32,), (u64,))
 ldg4 = instruction("ldg4", "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (u64,))
+#: from L2, so also what another multiprocessor wrote while this kernel waited
+ldr1 = instruction("ldr1", "ld.relaxed.gpu.global.u32 $0, [$1];", (u32,), (u64,))
+st_byte = instruction("st_byte", "st.global.u8 [$0], $1;", (), (u64, u32))
 prefetch = instruction("prefetch", "prefetch.global.L2 [$0];", (), (u64,))
 stg2 = instruction("stg2", "st.global.v2.u32 [$0], {$1, $2};", (), (u64, u32, u32))
 stg4 = instruction("stg4", "st.global.v4.u32 [$0], {$1, $2, $3, $4};", (), (u64, u32, u32, u32, u32))
