@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from qoqlab import reference
+from qoqlab import exact, reference
 from qoqlab.affine import Affine, quantize_per_token_s8
 
 from . import fused, matmul, measure
+from .cache import PagedKV4
 from .layout import Activations, tile_activations
 
 MODULE = "qoqlab_kernels.bench"
@@ -39,7 +40,7 @@ class Operation:
     ``run`` must equal; ``bytes`` is what one output element costs, read and written."""
 
     k: int
-    bytes: int
+    bytes: float
     operands: Callable[[int, int, torch.dtype], tuple]
     run: Callable[..., Any]
     want: Callable[..., Any]
@@ -68,6 +69,46 @@ def _eager_add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tenso
 def _eager_silu(gate_up: torch.Tensor) -> tuple:
     gate, up = gate_up.chunk(2, -1)
     return _eager_codes(torch.nn.functional.silu(gate) * up)
+
+
+#: Query heads, key heads, size of a head.
+HEADS = (32, 8, 128)
+
+
+def _rope_operands(m: int, k: int, dtype: torch.dtype) -> tuple:
+    """A cache with a page for each of ``m`` sequences, and a token at the same position of each."""
+    _, kv_heads, dim = HEADS
+    cache = PagedKV4(1, kv_heads, dim, pages=m, sequences=m, max_tokens=64, device="cuda")
+    cache.tables[:, 0] = torch.arange(m, device="cuda")
+    angles = torch.randn(64, dim // 2, device="cuda")
+    slots = torch.arange(m, dtype=torch.int32, device="cuda")
+    places = torch.full_like(slots, 21)
+    return cache, slots, _numbers(m, k, dtype=dtype), angles.cos().to(dtype), angles.sin().to(dtype), places
+
+
+def _rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+    return fused.rope_kv4_append(cache, 0, slots, qkv, *tables)
+
+
+def _turned(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    heads, kv_heads, dim = HEADS
+    x, rows = qkv.unflatten(-1, (-1, dim))[:, : heads + kv_heads], places.long()
+    return exact.rotate(x, cos[rows, None], sin[rows, None])
+
+
+def _want_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+    return _turned(qkv, *tables)[:, : HEADS[0]]
+
+
+def _eager_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> tuple:
+    """Without the way into pages."""
+    heads, kv_heads, dim = HEADS
+    turned = _turned(qkv, *tables)
+    x = torch.cat([turned[:, heads:], qkv.unflatten(-1, (-1, dim))[:, heads + kv_heads :]], 1).float()
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = (high - low) / 15
+    zero = -low / scale
+    return turned, (x / scale + zero).round().clamp(0, 15).to(torch.uint8), scale.half(), zero.half()
 
 
 #: Everything that is measured: sizes of Llama-3-8B.
@@ -104,13 +145,17 @@ OPERATIONS: dict[str, Operation] = {
         reference.silu_mul_s8,
         _eager_silu,
     ),
+    # q, k, v read, q written; half a byte a code of k and v
+    "rope_kv4_append": Operation(6144, 2 + 2 * 2 / 3 + 1 / 6, _rope_operands, _rope, _want_rope, _eager_rope),
 }
 
 
 def moved(name: str, m: int, k: int) -> int:
-    """The least bytes that an operation reads and writes: operands, codes and what else it leaves; 8 bytes a token."""
+    """The least bytes that an operation reads and writes: operands, codes and what else it leaves; 8 bytes a token for sum and
+    scale, 4 for the scale and zero of a head."""
     gains = 2 * k if "norm" in name else 0
-    return OPERATIONS[name].bytes * m * k + gains + 8 * m
+    beside = 4 * 2 * HEADS[1] if name == "rope_kv4_append" else 8
+    return round(OPERATIONS[name].bytes * m * k) + gains + beside * m
 
 
 def same(got: Any, want: Any) -> bool:

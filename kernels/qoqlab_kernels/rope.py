@@ -1,8 +1,8 @@
 """Rotary position embedding of a token's queries and keys, and its keys and values into the KV4 cache, in one kernel.
 
 One block a token, ``head_dim / 8`` lanes a head, 8 channels a lane: a pair of channels c, c + 1 and those 8, D/2 and D/2 + 8
-further. So the two channels that turn together (c, c + D/2) and the two that share a byte of the cache (c, c + 8) meet in one
-lane. Equals `qoqlab.exact.rotate`, `qoqlab.kv.quantize_kv4` and `cache.PagedKV4.write` bit for bit.
+further. So the two channels that turn together (c, c + D/2) and the two that share a byte of the cache (c, c + 8) meet in
+one lane. Equals `qoqlab.exact.rotate`, `qoqlab.kv.quantize_kv4` and `cache.PagedKV4.write` bit for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
     the previous kernel ends (compute capability 9.0).
     """
     pair = PAIRS[kind]
-    unpack, pack, times, plus = pair.unpack, pair.pack, pair.multiply, pair.add
+    unpack, times, plus = pair.unpack, pair.multiply, pair.add
     dim, size, total = chunk.head_dim, chunk.page_size, heads + 2 * kv_heads
     lanes, steps = dim // 8, dim // 32  # steps: blocks of 16 channels in half a head
     threads = min(MOST_THREADS, 32 * blocks(total * lanes, 32))
@@ -80,10 +80,7 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
             ptx.wait_for_previous_kernel()
         slot = ptx.ldr1(ptx.address(slots) + u64(token) * u64(4))
         length_at = ptx.address(lengths) + u64(slot) * u64(4)
-        if stepwise:
-            position = ptx.ldr1(length_at)
-        else:
-            position = ptx.ldr1(ptx.address(positions) + u64(token) * u64(4))
+        position = ptx.ldr1(length_at if stepwise else ptx.address(positions) + u64(token) * u64(4))
         page_at = ptx.address(tables) + (u64(slot) * u64(width) + u64(u32(position // u32(size)))) * u64(4)
         page, inside = ptx.ldr1(page_at), u32(position % u32(size))
         part = u32(thread % u32(lanes))

@@ -220,6 +220,50 @@ def fused_case(operation: str, m: int, k: int, dtype: str, how: str = "contiguou
     return {"equal": good, "kept": torch.equal(residual, before)}
 
 
+def rope_case(dim: int, heads: int, kv_heads: int, dtype: str, stepwise: bool) -> dict:
+    """`rope_kv4_append` against `exact.rotate` and `PagedKV4.append`: two sequences of different lengths, cut into pages."""
+    generator = torch.Generator().manual_seed(dim)
+    kind, before = getattr(torch, dtype), (15, 4)
+    caches = [qk.PagedKV4(2, kv_heads, dim, pages=6, page_size=16, sequences=3) for _ in range(2)]
+    for cache in caches:
+        cache.allocator.take(1)
+        numbers = [cache.open(), cache.open()]
+        for number, count in zip(numbers, before, strict=True):
+            x = torch.randn(1, kv_heads, count, dim, generator=torch.Generator().manual_seed(count))
+            cache.append(1, [number], x, -x)
+    want, got = caches
+    angles = torch.randn(40, dim // 2, generator=generator)
+    cos, sin = angles.cos().to(kind), angles.sin().to(kind)
+    fresh = [(1, 4), (0, 15)] if stepwise else [(0, 15), (0, 16), (0, 17), (1, 4)]  # (sequence, position)
+    qkv = (torch.randn(len(fresh), heads + 2 * kv_heads, dim, generator=generator) * 3).to(kind)
+    qkv[0, heads] = 0  # an all-zero key, a constant value, and one far from zero
+    qkv[0, -1] = 2.5
+    qkv[-1, -1] = 1000 + qkv[-1, -1]
+    slots, places = (torch.tensor(v, dtype=torch.int32) for v in zip(*fresh, strict=True))
+    got.reserve([0, 1], 4)
+    with poisoned_outputs():
+        q = qk.rope_kv4_append(got, 1, slots, qkv.flatten(1), cos, sin, None if stepwise else places)
+    rows = places.long()
+    turned = exact.rotate(qkv[:, : heads + kv_heads], cos[rows, None], sin[rows, None])
+    lengths = got.lengths.tolist()
+    for i, (number, _) in enumerate(fresh):
+        want.append(1, [number], turned[i, heads:][None, :, None], qkv[i, heads + kv_heads :][None, :, None])
+    for number in (0, 1):
+        got._length[number] = want._length[number]
+    same = [
+        torch.equal(a, b)
+        for number in (0, 1)
+        for mine, theirs in zip(got.codes(1, number), want.codes(1, number), strict=True)
+        for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True)
+    ]
+    grown = want.lengths.tolist() if stepwise else [[0, 0, 0], [*before, 0]]
+    return {
+        "queries": torch.equal(q, turned[:, :heads]),
+        "cache": all(same) and torch.equal(got.pool[0], want.pool[0]),
+        "lengths": lengths == grown,
+    }
+
+
 def compiled_fused_case(m: int, k: int) -> dict:
     """The fused operators under torch.compile, in one graph."""
     generator = torch.Generator().manual_seed(1)
@@ -249,6 +293,13 @@ def fused_errors() -> dict:
     def norm(x: Any = x, weight: Any = weight, eps: float = 1e-5) -> Any:
         return lambda: qk.rms_norm_s8(x, weight, eps)
 
+    cache, table = qk.PagedKV4(1, 1, 64, pages=2), torch.zeros(9, 32, dtype=torch.float16)
+    qkv, slots = torch.zeros(2, 3 * 64, dtype=torch.float16), torch.zeros(2, dtype=torch.int32)
+
+    def rope(**changed: Any) -> Any:
+        options: dict = {"cache": cache, "layer": 0, "slots": slots, "qkv": qkv, "cos": table, "sin": table}
+        return lambda: qk.rope_kv4_append(**{**options, **changed})
+
     def add(residual: Any) -> Any:
         return lambda: qk.add_rms_norm_s8(x, residual, weight, 1e-5)
 
@@ -267,6 +318,17 @@ def fused_errors() -> dict:
         "residual: other shape": add(x[:2]),
         "residual: bf16": add(x.bfloat16()),
         "residual: a list": add([1.0]),
+        "cache: none": rope(cache=None),
+        "layer: beyond": rope(layer=1),
+        "qkv: fp32": rope(qkv=qkv.float()),
+        "qkv: half a head": rope(qkv=qkv[:, :-32]),
+        "qkv: no queries": rope(qkv=qkv[:, :128]),
+        "cos: fp32": rope(cos=table.float()),
+        "cos: a head wide": rope(cos=table.repeat(1, 2)),
+        "sin: fewer": rope(sin=table[:5]),
+        "slots: int64": rope(slots=slots.long()),
+        "slots: too few": rope(slots=slots[:1]),
+        "positions: too few": rope(positions=slots[:1]),
         "unquantised: K = 48": lambda: qk.rms_norm(x[:, :48], weight[:48], 1e-5),
         "unquantised: residual": lambda: qk.add_rms_norm(x, x[:2], weight, 1e-5),
         "gate_up: fp32": lambda: qk.silu_mul_s8(x.float()),
@@ -429,6 +491,7 @@ FUNCTIONS = {
         compiled_case,
         quantize_case,
         fused_case,
+        rope_case,
         compiled_fused_case,
         fused_errors,
         spoilt_case,

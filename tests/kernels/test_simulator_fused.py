@@ -36,6 +36,16 @@ def test_where_the_input_lies_does_not_matter(simulator: Simulator, how: str) ->
     assert simulator("fused_case", operation="add_rms_norm_s8", m=2, k=64, dtype="float16", how=how) == GOOD
 
 
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "dtype", "stepwise"),
+    [(64, 3, 1, "float16", True), (128, 4, 2, "bfloat16", False), (128, 32, 2, "float16", True)],
+)
+def test_rope_and_append(simulator: Simulator, dim: int, heads: int, kv_heads: int, dtype: str, stepwise: bool) -> None:
+    """One and two heads a warp; more heads than threads take at once; pages that begin and end."""
+    same = simulator("rope_case", dim=dim, heads=heads, kv_heads=kv_heads, dtype=dtype, stepwise=stepwise)
+    assert same == {"queries": True, "cache": True, "lengths": True}
+
+
 def test_under_torch_compile(simulator: Simulator) -> None:
     assert simulator("compiled_fused_case", m=2, k=64) == {"equal": [True] * 4}
 
@@ -58,6 +68,20 @@ RULES = {
     "residual: other shape": ("ValueError", "residual: expected torch.float16 of shape 3x64 on cpu as x, got torch.float16"),
     "residual: bf16": ("ValueError", "residual: expected torch.float16 of shape 3x64 on cpu as x, got torch.bfloat16"),
     "residual: a list": ("TypeError", "residual: expected a torch.Tensor, got list"),
+    "cache: none": ("TypeError", "cache: expected a PagedKV4, got NoneType"),
+    "layer: beyond": ("ValueError", "layer: 1 is not one of 0..0"),
+    "qkv: fp32": ("TypeError", "qkv: expected fp16 or bf16, got torch.float32"),
+    "qkv: half a head": ("ValueError", "qkv: expected a matrix with a multiple of 64 columns, got 2x160"),
+    "qkv: no queries": ("ValueError", "qkv: 128 columns are not queries beside 1 keys and values of 64"),
+    "cos: fp32": ("ValueError", "cos: expected torch.float16 [positions, 32] on cpu, got torch.float32"),
+    "cos: a head wide": (
+        "ValueError",
+        "cos: expected torch.float16 [positions, 32] on cpu, got torch.float16 of shape 9x64",
+    ),
+    "sin: fewer": ("ValueError", "sin: 5x32 does not have cos's shape 9x32"),
+    "slots: int64": ("ValueError", "slots: expected int32 [2] on cpu, one number per token, got torch.int64"),
+    "slots: too few": ("ValueError", "slots: expected int32 [2] on cpu, one number per token"),
+    "positions: too few": ("ValueError", "positions: expected int32 [2] on cpu, one number per token"),
     "unquantised: K = 48": ("ValueError", "x: expected a matrix with a multiple of 32 columns, got 3x48"),
     "unquantised: residual": ("ValueError", "residual: expected torch.float16 of shape 3x64 on cpu as x"),
     "gate_up: fp32": ("TypeError", "gate_up: expected fp16 or bf16, got torch.float32"),
