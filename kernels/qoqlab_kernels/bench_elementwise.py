@@ -151,8 +151,8 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def moved(name: str, m: int, k: int) -> int:
-    """The least bytes that an operation reads and writes: operands, codes and what else it leaves; 8 bytes a token for sum and
-    scale, 4 for the scale and zero of a head."""
+    """The least bytes that an operation reads and writes: operands, codes and what else it leaves; 8 bytes a token for sum
+    and scale, 4 for the scale and zero of a head."""
     gains = 2 * k if "norm" in name else 0
     beside = 4 * 2 * HEADS[1] if name == "rope_kv4_append" else 8
     return round(OPERATIONS[name].bytes * m * k) + gains + beside * m

@@ -38,6 +38,7 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
     pair = PAIRS[kind]
     unpack, times, plus = pair.unpack, pair.multiply, pair.add
     dim, size, total = chunk.head_dim, chunk.page_size, heads + 2 * kv_heads
+    chunk_bytes, value_codes, key_scales, value_scales = chunk.bytes, chunk.codes, chunk.scales, chunk.value_scales
     lanes, steps = dim // 8, dim // 32  # steps: blocks of 16 channels in half a head
     threads = min(MOST_THREADS, 32 * blocks(total * lanes, 32))
     at_once = threads // lanes
@@ -127,7 +128,7 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
                 own = u32(head - u32(heads))
                 if value:
                     own = u32(own - u32(kv_heads))
-                at = ptx.address(pool) + (u64(page) * u64(kv_heads) + u64(own)) * u64(chunk.bytes)
+                at = ptx.address(pool) + (u64(page) * u64(kv_heads) + u64(own)) * u64(chunk_bytes)
                 block = u32(part >> u32(2))  # of 16 channels; the other half's is `steps` further
                 other = u32(block + u32(steps))
                 tile = u32((inside >> u32(4)) * u32(dim // 64) * u32(512))
@@ -135,15 +136,15 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
                 second = u32(tile + (other >> u32(2)) * u32(512) + (other & u32(3)) * u32(4))
                 row = u32(inside & u32(15))
                 if value:
-                    codes = at + u64(chunk.codes) + u64(u32(part & u32(3)) * u32(128))
+                    codes = at + u64(value_codes) + u64(u32(part & u32(3)) * u32(128))
                     store_value(codes, first, row, low_half[0], low_half[1])
                     store_value(codes, second, row, high_half[0], high_half[1])
-                    at = at + u64(chunk.value_scales)
+                    at = at + u64(value_scales)
                 else:
                     codes = at + u64(u32(part & u32(3)) * u32(16))
                     store_key(codes, first, row, low_half[0], low_half[1])
                     store_key(codes, second, row, high_half[0], high_half[1])
-                    at = at + u64(chunk.scales)
+                    at = at + u64(key_scales)
                 if part == u32(0):
                     ptx.stg1(at + u64(inside) * u64(4), ptx.pack_half(scale, zero))
         if stepwise:
