@@ -128,11 +128,11 @@ def rope_kv4_append(
 
 
 def threads_for(m: int, k: int, processors: int) -> int:
-    """Threads of a block: a piece each where tokens are few, four at most where they are many; a power of two."""
-    pieces = blocks(k, UNIT_K) * UNIT_K // exact.PIECE
-    each = 1 if m <= processors else 2 if m <= 4 * processors else 4
-    wanted = 1 << max(0, blocks(pieces, each) - 1).bit_length()
-    return max(FEWEST_THREADS, min(wanted, MOST_THREADS))
+    """Threads of a block, a power of two: as many as there are pieces, but no more than half of a multiprocessor's where
+    every one has a token, and half as many where there are more tokens than fit at a time (measured on an H100)."""
+    each = 1 if m <= 8 * processors else 2
+    wanted = 1 << (blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, each) - 1).bit_length()
+    return max(FEWEST_THREADS, min(wanted, MOST_THREADS if m <= processors else MOST_THREADS // 2))
 
 
 def _require_matrix(name: str, x: torch.Tensor, multiple: int) -> None:

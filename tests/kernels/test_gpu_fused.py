@@ -74,7 +74,7 @@ def test_every_shape(m: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_gives_the_same_bits_on_the_cpu(dtype: torch.dtype) -> None:
-    x, weight = numbers(9, 4096, dtype=dtype), gains(4096, dtype)
+    x, weight = numbers(9, 4096, dtype=dtype).clamp(-200, 200), gains(4096, dtype)  # whose products fp16 holds
     for on_gpu, on_cpu in (
         (reference.rms_norm_s8(x, weight, 1e-5), reference.rms_norm_s8(x.cpu(), weight.cpu(), 1e-5)),
         (reference.silu_mul_s8(x), reference.silu_mul_s8(x.cpu())),
