@@ -128,11 +128,13 @@ def rope_kv4_append(
 
 
 def threads_for(m: int, k: int, processors: int) -> int:
-    """Threads of a block, a power of two: as many as there are pieces, but no more than half of a multiprocessor's where
-    every one has a token, and half as many where there are more tokens than fit at a time (measured on an H100)."""
-    each = 1 if m <= 8 * processors else 2
-    wanted = 1 << (blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, each) - 1).bit_length()
-    return max(FEWEST_THREADS, min(wanted, MOST_THREADS if m <= processors else MOST_THREADS // 2))
+    """Threads of a block, a power of two: one for each piece, but where multiprocessors have several tokens no more than half
+    of the most, unless a thread would hold over 8 pieces; and half as many where more tokens come than fit at a time
+    (measured on an H100)."""
+    pieces = blocks(k, UNIT_K) * UNIT_K // exact.PIECE
+    few = m <= processors or pieces > 4 * MOST_THREADS
+    wanted = 1 << (blocks(pieces, 1 if m <= 8 * processors else 2) - 1).bit_length()
+    return max(FEWEST_THREADS, min(wanted, MOST_THREADS if few else MOST_THREADS // 2))
 
 
 def _require_matrix(name: str, x: torch.Tensor, multiple: int) -> None:

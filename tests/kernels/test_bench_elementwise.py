@@ -82,6 +82,7 @@ def test_threads_of_a_block() -> None:
     assert [fused.threads_for(m, 4096, 132) for m in (1, 132, 1056, 1057)] == [512, 512, 512, 256]
     assert [fused.threads_for(m, 14336, 132) for m in (1, 132, 133, 4096)] == [1024, 1024, 512, 512]
     assert fused.threads_for(1, 32, 132) == 64  # the fewest
+    assert [fused.threads_for(4096, k, 132) for k in (32768, 53248)] == [512, 1024]  # 8 and 7 pieces a thread
     for k in (32, 96, 1056, 65792):
         threads = fused.threads_for(7, k, 132)
         assert 64 <= threads <= 1024 and threads.bit_count() == 1
