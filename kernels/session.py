@@ -1,4 +1,4 @@
-"""Everything that the kernels need a GPU for, in one command of at most about eight minutes.
+"""Everything that the kernels need a GPU for, in one command of at most about ten minutes.
 
     python kernels/session.py --out RESULTS [--seconds 480] [--only smoke,bench] [--commit HASH]
 
@@ -37,7 +37,7 @@ if not hasattr(numpy, "row_stack"):  # numba-cuda 0.30 asks for it at import; Nu
     vars(numpy)["row_stack"] = numpy.vstack
 
 #: Step -> seconds it may take.
-STEPS = {"smoke": 90, "memcheck": 60, "racecheck": 60, "tune": 150, "bench": 150, "ncu": 60}
+STEPS = {"smoke": 90, "memcheck": 90, "racecheck": 90, "tune": 240, "bench": 150, "ncu": 60}
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
 
 
@@ -75,6 +75,12 @@ def smoke_cases(small: bool = False) -> list[tuple]:
         for cluster, stages, workers in ((1, deepest, 4), (2, deepest, 3), (4, min(deepest, 5), 2)):
             case = Case(2 * tokens + 3, *(shape if small else (1056, 1152)), "g128")
             found.append((case, Plan("v5", tokens, 2, stages, cluster, workers)))
+        for split, warpgroups in ((2, 2), (4, 1), (4, 2), (8, 2)):
+            deepest = gemm.stages_that_fit(tokens, warpgroups, gemm.Form(1).unit, split=split)
+            if deepest >= 2 and (warpgroups == 2 or tokens <= 64):
+                case = Case(2 * tokens + 3, *(shape if small else (1056, 1152)), "g128")
+                if case.k // 128 >= split:
+                    found.append((case, Plan("v5", tokens, warpgroups, min(deepest, 3), split=split)))
     return found
 
 

@@ -429,6 +429,7 @@ cluster_sync = nothing
 
 
 bulk_load_multicast = cluster_rank = cluster_index = cluster_count = no_cluster
+cluster_arrive = cluster_wait = map_shared = sts4_remote = no_cluster
 
 
 def named_barrier(number: Any, threads: Any) -> None:

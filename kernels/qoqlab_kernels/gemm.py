@@ -348,6 +348,43 @@ def combiner(tokens: int, parts: int) -> Callable:
     return combine
 
 
+@device
+def send_quad(j, c0, c1, c2, c3, at):
+    ptx.sts4_remote(at + u32(j * 2048), u32(c0), u32(c1), u32(c2), u32(c3))
+
+
+@device
+def receive_quad(j, c0, c1, c2, c3, at):
+    v = ptx.lds4(at + u32(j * 2048))
+    return i32(c0 + i32(v[0])), i32(c1 + i32(v[1])), i32(c2 + i32(v[2])), i32(c3 + i32(v[3]))
+
+
+def gatherer(tokens: int, split: int) -> Callable:
+    """Device function: the blocks of a cluster, which split a tile's inputs, bring their sums together through each other's
+    shared memory. Outputs of warpgroup ``g`` are finished by block ``g``.
+
+    Returns (accumulators, whether they are complete). Every thread of the cluster has to meet the barrier inside.
+    """
+    send, receive = ptx.each_quad(send_quad, tokens // 8), ptx.map_quads(receive_quad, tokens // 8)
+    part_bytes = 64 * tokens * 4
+
+    @device
+    def gather(acc, received, rank, group, thread):
+        mine = received + thread * u32(16)
+        if rank != group:
+            slot = u32(u32(rank - group - u32(1)) & u32(split - 1))
+            send(acc, ptx.map_shared(mine + slot * u32(part_bytes), group))
+        ptx.cluster_arrive()
+        ptx.cluster_wait()
+        complete = rank == group
+        if complete:
+            for i in range(split - 1):
+                acc = receive(acc, mine + u32(i) * u32(part_bytes))
+        return acc, complete
+
+    return gather
+
+
 def writer(tokens: int, form: Form, store: Callable) -> Callable:
     """Device function: 128 threads bring their accumulators (64 outputs x ``tokens``) through shared memory to the result.
 
@@ -517,6 +554,7 @@ class Ring:
     warpgroups: int
     unit: int
     stages: int
+    split: int = 1
 
     @property
     def weights(self) -> int:
@@ -534,9 +572,14 @@ class Ring:
         return self.constants + self.stages * self.tokens * 8
 
     @property
+    def received(self) -> int:
+        """Offset of what the other blocks of a split tile send: 64 outputs x tokens from each."""
+        return self.out + self.warpgroups * 2 * min(self.tokens, 32) * 128
+
+    @property
     def barriers(self) -> int:
         """Offset of the barriers, 16 bytes a stage: filled, emptied; then 16 bytes of flags for each warpgroup."""
-        return self.out + self.warpgroups * 2 * min(self.tokens, 32) * 128
+        return self.received + (self.split - 1) * 64 * self.tokens * 4
 
     @property
     def total(self) -> int:
@@ -544,28 +587,34 @@ class Ring:
         return self.barriers + 16 * (self.stages + self.warpgroups) + 1024
 
 
-def stages_that_fit(tokens: int, warpgroups: int, unit: int, limit: int = SHARED_LIMIT) -> int:
+def stages_that_fit(tokens: int, warpgroups: int, unit: int, limit: int = SHARED_LIMIT, split: int = 1) -> int:
     """The most stages of v5 that fit in ``limit`` bytes of shared memory."""
-    return (limit - Ring(tokens, warpgroups, unit, 0).total) // (tokens * 136 + warpgroups * unit + 16)
+    return (limit - Ring(tokens, warpgroups, unit, 0, split).total) // (tokens * 136 + warpgroups * unit + 16)
 
 
-def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, overlap: bool = True) -> Program:
-    """64 x ``warpgroups`` outputs x ``tokens`` a block; ``cluster`` blocks with different outputs share their activations.
+def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, overlap: bool = True, split: int = 1) -> Program:
+    """64 x ``warpgroups`` outputs x ``tokens`` a block. The blocks of a cluster either have different outputs and share
+    their activations (``cluster``), or share one tile and split its inputs (``split``, a power of two).
 
     ``overlap``: start while the previous kernel of the stream ends; weights are fetched at once, activations once it is
     over.
     """
-    ring, unit_bytes = Ring(tokens, warpgroups, form.unit, stages), form.unit
+    ring, unit_bytes = Ring(tokens, warpgroups, form.unit, stages, split), form.unit
     x_bytes, w_bytes, share_of_block = tokens * 128, warpgroups * unit_bytes, tokens // cluster
     weights_at, constants_at, out_at, barriers_at = ring.weights, ring.constants, ring.out, ring.barriers
+    received_at = ring.received
     out_bytes, everybody = 2 * min(tokens, 32) * 128, (1 << cluster) - 1
+    # With half of the shared memory two blocks share a multiprocessor: one computes while the other waits, finishes a tile,
+    # or, as a block of the next kernel, already fetches. Then one unit at a time is enough, and takes few registers.
+    residents = 2 if ring.total <= SHARED_HALF and tokens <= 64 else 1
+    deep = residents == 1 or tokens <= 32
     # wide tiles take nearly all registers for their accumulators: the producers give theirs away
-    wide = tokens >= 128
-    # small batches wait for memory, not for each other; one unit at a time needs few registers, so two blocks fit
-    deep = tokens >= 64
-    give, take = ptx.limit_registers(40), ptx.claim_registers(232)
+    wide = tokens >= 128 and residents == 1
+    few, many = (40, 232) if tokens == 256 else (56, 224)  # together what 384 threads have at 168 each
+    give, take = ptx.limit_registers(few), ptx.claim_registers(many)
     unpack, write = unpacker(form.groups, ptx.lds1, ptx.lds4), writer(tokens, form, store_sm90)
     combine, zeros, start = combiner(tokens, cluster * warpgroups), ptx.zeros(tokens // 2), ptx.wgmma(tokens)
+    gather = gatherer(tokens, split)
     wait_previous, wait_all = ptx.wgmma_wait(tokens, 1), ptx.wgmma_wait(tokens, 0)
     wait_empty = ptx.barrier_wait_cluster if cluster > 1 else ptx.barrier_wait
 
@@ -652,7 +701,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         thread = u32(cuda.threadIdx.x)
         base = u32((ptx.shared_base() + u32(1023)) & u32(0xFFFFFC00))
         barriers = base + u32(barriers_at)
-        if cluster > 1:
+        if cluster > 1 or split > 1:
             rank, worker, workers = ptx.cluster_rank(), ptx.cluster_index(), ptx.cluster_count()
         else:
             rank, worker, workers = u32(0), u32(cuda.blockIdx.x), u32(cuda.gridDim.x)
@@ -661,7 +710,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 ptx.barrier_init(barriers + u32(16 * s), u32(2))  # filled: both producers have announced their bytes
                 ptx.barrier_init(barriers + u32(16 * s + 8), u32(4 * warpgroups * cluster))  # emptied: every warp
             ptx.barrier_fence()
-        if cluster > 1:
+        if cluster > 1 or split > 1:
             ptx.cluster_sync()
         else:
             cuda.syncthreads()
@@ -669,6 +718,11 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         quotient = ptx.quotient(total, workers)
         remainder = u32(total - quotient * workers)
         unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
+        section = rank
+        if split > 1:  # a cluster has one tile, its blocks take a section of the inputs each
+            unit = u32(worker * k_blocks + ptx.quotient(u32(rank * k_blocks), u32(split)))
+            end = u32(worker * k_blocks + ptx.quotient(u32(u32(rank + u32(1)) * k_blocks), u32(split)))
+            rank = u32(0)
         group = u32(thread >> u32(7))
         if group == u32(warpgroups):
             if wide:
@@ -677,6 +731,8 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 load_weights(units, base, unit, end, rank, n_blocks, k_blocks, token_tiles)
             elif thread == u32(warpgroups * 128 + 32):
                 load_activations(x, constants, base, unit, end, rank, m, k_blocks, token_tiles)
+            if split > 1:
+                ptx.cluster_arrive()  # the barrier of `gather` counts every thread
         else:
             if wide:
                 take()
@@ -712,7 +768,10 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                     rest = u32(rest - u32(1))
                 acc = wait_all(acc)
                 complete = block < n_blocks
-                if complete and count < k_blocks:
+                if split > 1:
+                    acc, owner = gather(acc, base + u32(received_at), section, group, t)
+                    complete = complete and owner
+                elif complete and count < k_blocks:
                     flag = barriers + u32(16 * stages) + group * u32(16)
                     acc, complete = combine(
                         acc, tile, side, part, worker, quotient, remainder, k_blocks, partials, counters, t, number, flag
@@ -730,8 +789,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             ptx.cluster_sync()  # nobody leaves while others may still write to its memory
 
     threads = warpgroups * 128 + (128 if wide else 64)
-    residents = 2 if not deep and ring.total <= SHARED_HALF else 1  # the next kernel moves in beside this one
-    return Program(kernel, SIGNATURE, threads, ring.total, cluster, overlap, residents)
+    return Program(kernel, SIGNATURE, threads, ring.total, cluster * split, overlap, residents)
 
 
 VERSIONS: dict[str, Callable[..., Program]] = {"v1": v1, "v2": v2, "v3": v3, "v4": v4, "v5": v5}

@@ -171,9 +171,11 @@ def _form(packed: PackedWeight, dtype: torch.dtype, bias: torch.Tensor | None) -
 
 @functools.cache
 def _gpu(index: int) -> tuple[tuple[int, int], int, str]:
-    """Compute capability, multiprocessors and name of a device."""
+    """Compute capability, multiprocessors and kind of a device. Plans are tuned for a kind, not for a product: an H200 is an
+    H100 with other memory."""
     properties = torch.cuda.get_device_properties(index)
-    return (properties.major, properties.minor), properties.multi_processor_count, properties.name
+    capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+    return capability, processors, f"{launch.architecture(capability)}x{processors}"
 
 
 def plan(m: int, packed: PackedWeight, form: gemm.Form | None = None) -> Plan:
@@ -187,10 +189,10 @@ def plan(m: int, packed: PackedWeight, form: gemm.Form | None = None) -> Plan:
 
 def simulated_plan(m: int, packed: PackedWeight, form: gemm.Form) -> Plan:
     """Small sizes for the simulator: three workers, so that tiles are shared."""
-    chosen = rules(version_for((9, 0)), min(m, 64), packed.n, blocks(packed.k, 128), form, 3)
-    return Plan(
-        chosen.version, chosen.tokens, chosen.warpgroups, min(3, chosen.stages) if chosen.stages else 0, 1, chosen.workers
-    )
+    units = blocks(packed.k, 128)
+    chosen = rules(version_for((9, 0)), min(m, 64), packed.n, units, form, 3)
+    stages = min(3, chosen.stages) if chosen.stages else 0
+    return Plan(chosen.version, chosen.tokens, chosen.warpgroups, stages, 1, 3 if chosen.stages else 1)
 
 
 def run(
@@ -199,6 +201,8 @@ def run(
     """Launch the kernel of a plan; operands are checked already."""
     row_tiles, token_tiles = plan.tiles(x.m, packed.n)
     units_n, units_k = packed.units.shape[:2]
+    if plan.split > units_k:
+        raise ValueError(f"plan: {plan.split} blocks cannot split {units_k} units of 128 inputs")
     parts, counters = workspace(plan, row_tiles * token_tiles, x.device)
     arguments = [packed.units, x.tiles, x.tokens, packed.rows, packed.rows if bias is None else bias, out, parts, counters]
     sizes = [x.m, packed.n, units_n, units_k, row_tiles, token_tiles]

@@ -22,8 +22,8 @@ TOKENS = {"v4": (8, 16, 32, 64), "v5": (8, 16, 32, 64, 128, 256)}
 @dataclass(frozen=True)
 class Plan:
     """How one product is computed. ``warpgroups`` of 64 outputs each and ``tokens`` make a block's tile, ``stages`` of 128
-    inputs are in flight, ``cluster`` blocks share activations, ``workers`` blocks (clusters) divide the work. v1 to v3 have
-    no choices."""
+    inputs are in flight, ``cluster`` blocks share activations, ``workers`` blocks (clusters) divide the work, or, with
+    ``split``, clusters of so many blocks take one tile each and divide its inputs. v1 to v3 have no choices."""
 
     version: str
     tokens: int = 64
@@ -32,6 +32,7 @@ class Plan:
     cluster: int = 1
     workers: int = 1
     overlap: bool = True
+    split: int = 1
 
     def __post_init__(self) -> None:
         if self.version not in gemm.VERSIONS:
@@ -42,13 +43,17 @@ class Plan:
             raise ValueError(f"stages: {self.stages}; a ring has at least 2 ({self.version})")
         if self.version == "v5" and self.tokens >= 128 and self.warpgroups != 2:
             raise ValueError(f"warpgroups: {self.warpgroups}; tiles of {self.tokens} tokens share the registers between 2")
+        if self.split not in (1, 2, 4, 8) or (self.split > 1 and (self.version != "v5" or self.cluster > 1)):
+            raise ValueError(f"split: {self.split}; 1, 2, 4 or 8 blocks, only in v5 and without a cluster of another kind")
+        if self.split > 1 and self.warpgroups > self.split:
+            raise ValueError(f"split: {self.split} blocks cannot finish the outputs of {self.warpgroups} warpgroups")
         if self.workers < 1 or self.cluster < 1 or self.warpgroups < 1:
             raise ValueError(f"plan: workers, cluster and warpgroups are at least 1, got {self}")
 
     def constants(self, form: gemm.Form) -> tuple:
         """Arguments of the version's builder."""
         if self.version == "v5":
-            return (form, self.tokens, self.warpgroups, self.stages, self.cluster, self.overlap)
+            return (form, self.tokens, self.warpgroups, self.stages, self.cluster, self.overlap, self.split)
         return (form, self.tokens, self.stages) if self.version == "v4" else (form,)
 
     def tiles(self, m: int, n: int) -> tuple[int, int]:
@@ -61,6 +66,9 @@ class Plan:
             return blocks(n, 16), blocks(m, 16), 1
         if self.version in ("v1", "v3"):
             return m, blocks(n, UNIT_N), 1
+        if self.split > 1:
+            row_tiles, token_tiles = self.tiles(m, n)
+            return row_tiles * token_tiles * self.split, 1, 1
         return self.workers * self.cluster, 1, 1
 
 
@@ -87,8 +95,8 @@ def version_for(capability: tuple[int, int]) -> str:
 
 
 def key(gpu: str, m: int, n: int, k: int, groups: int) -> str:
-    """Name of a tuned point: m is rounded up to a power of two."""
-    return f"{gpu}|m{1 << max(0, m - 1).bit_length()}|{n}x{k}|{f'g{128 // groups}' if groups else 'channel'}"
+    """Name of a tuned point: ``gpu`` as `matmul` names it, m rounded up to a power of two and to a tensor core's 8."""
+    return f"{gpu}|m{1 << max(3, (m - 1).bit_length())}|{n}x{k}|{f'g{128 // groups}' if groups else 'channel'}"
 
 
 @functools.cache
@@ -114,8 +122,7 @@ def remember(name: str, plan: Plan) -> None:
 
 
 def rules(version: str, m: int, n: int, k_blocks: int, form: gemm.Form, processors: int) -> Plan:
-    """Sizes by rule. The smallest token tile that holds the batch, at most the widest; as many workers as
-    multiprocessors."""
+    """Sizes by rule, where nothing was measured."""
     sizes = TOKENS.get(version, (64,))
     tokens = next((size for size in sizes if size >= m), sizes[-1])
     if version == "v4":
@@ -123,13 +130,49 @@ def rules(version: str, m: int, n: int, k_blocks: int, form: gemm.Form, processo
         return Plan("v4", tokens, 1, 4, 1, min(2 * processors, row_tiles * token_tiles * k_blocks))
     if version != "v5":
         return Plan(version)
-    # from 64 tokens on, activations are as many bytes as weights: two blocks share them
-    cluster = 2 if tokens >= 64 and n > 2 * UNIT_N and processors > 1 else 1
-    # small batches leave half of the shared memory to the next kernel, which fills it while this one drains
-    limit = gemm.SHARED_HALF if tokens <= 32 else gemm.SHARED_LIMIT
-    stages = gemm.stages_that_fit(tokens, 2, form.unit, limit)
-    units = blocks(blocks(n, UNIT_N), 2 * cluster) * blocks(m, tokens) * k_blocks
-    return Plan("v5", tokens, 2, stages, cluster, min(processors // cluster, units))
+    choose = _few_tokens if tokens <= 64 else _many_tokens
+    return choose(m, n, k_blocks, form, processors, tokens)
+
+
+def _workers(tiles: int, places: int, k_blocks: int) -> int:
+    """As many workers as get the same number of whole tiles, if that keeps three quarters of the places busy, else one a
+    place: stream-K."""
+    whole = blocks(tiles, blocks(tiles, places))
+    return whole if 4 * whole >= 3 * places else min(places, tiles * k_blocks)
+
+
+def _few_tokens(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int, tokens: int) -> Plan:
+    """Up to 64 tokens memory limits: blocks small enough that those of the next kernel move in beside them and fetch.
+
+    Tiles are split until there are about two blocks for every multiprocessor; narrow batches have room for half as many
+    outputs a block.
+    """
+    half, two = gemm.SHARED_HALF, 2 * processors
+    for warpgroups, split, limit, places in (
+        (1, 4, half // 2, two),
+        (2, 4, half, two),
+        (2, 4, gemm.SHARED_LIMIT, processors),
+        (2, 2, half, two),
+    ):
+        tiles = blocks(blocks(n, UNIT_N), warpgroups) * blocks(m, tokens)
+        stages = gemm.stages_that_fit(tokens, warpgroups, form.unit, limit, split)
+        if stages >= 3 and split <= k_blocks and tiles * split <= places:
+            return Plan("v5", tokens, warpgroups, stages, split=split)
+    stages, tiles = gemm.stages_that_fit(tokens, 2, form.unit, gemm.SHARED_HALF), blocks(n, 2 * UNIT_N) * blocks(m, tokens)
+    return Plan("v5", tokens, 2, stages, workers=_workers(tiles, 2 * processors, k_blocks))
+
+
+def _many_tokens(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int, tokens: int) -> Plan:
+    """One block a multiprocessor. Too few tiles are split; prefill shares activations between two blocks."""
+    while tokens > 64 and 2 * blocks(n, 2 * UNIT_N) * blocks(m, tokens // 2) <= processors:
+        tokens //= 2
+    tiles = blocks(n, 2 * UNIT_N) * blocks(m, tokens)
+    stages = gemm.stages_that_fit(tokens, 2, form.unit, split=2)
+    if 2 * tiles <= processors and k_blocks >= 2 and stages >= 3:
+        return Plan("v5", tokens, 2, stages, split=2)
+    cluster = 2 if m >= 2048 and n > 2 * UNIT_N and processors > 1 else 1
+    workers = _workers(blocks(n, 2 * UNIT_N * cluster) * blocks(m, tokens), processors // cluster, k_blocks)
+    return Plan("v5", tokens, 2, gemm.stages_that_fit(tokens, 2, form.unit), cluster, workers)
 
 
 def plan_for(m: int, n: int, k: int, form: gemm.Form, capability: tuple[int, int], processors: int, gpu: str = "") -> Plan:

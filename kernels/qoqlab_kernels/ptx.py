@@ -260,6 +260,12 @@ bulk_load_multicast = instruction(
     (u32, u64, u32, u32, u32),
 )
 cluster_sync = instruction("cluster_sync", "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;")
+#: the two halves of the barrier, for threads that need not wait
+cluster_arrive = instruction("cluster_arrive", "barrier.cluster.arrive;")
+cluster_wait = instruction("cluster_wait", "barrier.cluster.wait;")
+#: where an address of shared memory lies in another block of the cluster: (address, block's rank), and a store there
+map_shared = instruction("map_shared", "mapa.shared::cluster.u32 $0, $1, $2;", (u32,), (u32, u32), pure=True)
+sts4_remote = instruction("sts4_remote", "st.shared::cluster.v4.u32 [$0], {$1, $2, $3, $4};", (), (u32, u32, u32, u32, u32))
 cluster_rank = instruction("cluster_rank", "mov.u32 $0, %cluster_ctarank;", (u32,), pure=True)
 cluster_index = instruction("cluster_index", "mov.u32 $0, %clusterid.x;", (u32,), pure=True)
 cluster_count = instruction("cluster_count", "mov.u32 $0, %nclusterid.x;", (u32,), pure=True)

@@ -26,9 +26,11 @@ from .layout import UNIT_N, blocks
 from .plan import OVERRIDE, SHIPPED, TOKENS, Plan, key, remember, rules, version_for
 
 MODULE = "qoqlab_kernels.tune"
-BATCHES = (1, 16, 64, 128, 256, 1024, 4096)
+BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: Blocks that may share activations, stages of v4 that are tried.
-CLUSTERS, DEPTHS = (1, 2, 4), (3, 4, 6)
+CLUSTERS, DEPTHS = (1, 2), (3, 4, 6)
+#: Blocks that may split a tile's inputs.
+SPLITS = (2, 4, 8)
 
 
 @functools.cache
@@ -44,15 +46,14 @@ def token_tiles(version: str, m: int) -> tuple[int, ...]:
     return sizes[max(0, best - 1) : best + 1]
 
 
-def worker_counts(units: int, tiles: int, places: int, cluster: int) -> tuple[int, ...]:
+def worker_counts(units: int, tiles: int, places: int) -> tuple[int, ...]:
     """How many workers are worth trying where ``places`` of them run at once.
 
-    One a place; as many as share the tiles evenly, none of them cut, if that keeps three quarters of the places busy; for
-    clusters of 4, which do not fill every part of a chip, a multiple of 8.
+    One a place; as many as share the tiles evenly, none of them cut, if that keeps three quarters of the places busy.
     """
     whole = blocks(tiles, blocks(tiles, places))
-    counts = [places, *([whole] if 4 * whole >= 3 * places else []), *([places // 8 * 8] if cluster == 4 else [])]
-    return tuple(dict.fromkeys(min(count, units) for count in counts if count))
+    counts = [places, *([whole] if 4 * whole >= 3 * places else [])]
+    return tuple(dict.fromkeys(min(count, units) for count in counts))
 
 
 def candidates(version: str, m: int, n: int, k: int, form: gemm.Form, processors: int, limit: int) -> list[Plan]:
@@ -69,19 +70,37 @@ def candidates(version: str, m: int, n: int, k: int, form: gemm.Form, processors
 
 
 def _of_v5(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int, tokens: int) -> list[Plan]:
-    # (stages, blocks of a multiprocessor). Two blocks share one only where half of the registers suffice: up to 32 tokens.
+    # stages -> blocks of a multiprocessor. Two blocks share one where half of the registers suffice: up to 64 tokens.
     depths = {gemm.stages_that_fit(tokens, 2, form.unit, gemm.SHARED_LIMIT): 1}
-    if tokens <= 32:
+    if tokens <= 64:
         depths[gemm.stages_that_fit(tokens, 2, form.unit, gemm.SHARED_HALF)] = 2
-    found = []
+    found = _split(m, n, k_blocks, form, processors, tokens)
     for cluster in CLUSTERS:
         if blocks(n, UNIT_N) <= 2 * (cluster - 1):
             continue  # a block of the cluster would have no outputs
         tiles = blocks(blocks(n, UNIT_N), 2 * cluster) * blocks(m, tokens)
         for stages, residents in depths.items():
             for share in range(1, residents + 1):
-                counts = worker_counts(tiles * k_blocks, tiles, max(1, share * processors // cluster), cluster)
+                counts = worker_counts(tiles * k_blocks, tiles, max(1, share * processors // cluster))
+                if share == 2 and tiles <= 4 * share * processors:
+                    counts += (tiles,)  # a block a tile, more than fit at once: the hardware hands them out
                 found += [Plan("v5", tokens, 2, stages, cluster, count) for count in counts]
+    return found
+
+
+def _split(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int, tokens: int) -> list[Plan]:
+    """Tiles whose inputs are split, as far as that fills the GPU: one block on a multiprocessor, or two (and two of the next
+    kernel) where they fit."""
+    found = []
+    rooms = [(2, gemm.SHARED_LIMIT, processors)]
+    if tokens <= 64:
+        rooms += [(2, gemm.SHARED_HALF, 2 * processors), (1, gemm.SHARED_HALF // 2, 2 * processors)]
+    for warpgroups, limit, places in rooms:
+        tiles = blocks(blocks(n, UNIT_N), warpgroups) * blocks(m, tokens)
+        for split in SPLITS:
+            stages = gemm.stages_that_fit(tokens, warpgroups, form.unit, limit, split)
+            if 0.6 * processors <= tiles * split <= places and split <= k_blocks and stages >= 3:
+                found.append(Plan("v5", tokens, warpgroups, stages, split=split))
     return found
 
 
@@ -91,7 +110,7 @@ def _of_v4(m: int, n: int, k_blocks: int, processors: int, tokens: int) -> list[
         Plan("v4", tokens, 1, stages, 1, count)
         for stages in DEPTHS
         for share in (1, 2, 3)
-        for count in worker_counts(tiles * k_blocks, tiles, share * processors, 1)
+        for count in worker_counts(tiles * k_blocks, tiles, share * processors)
     ]
 
 
@@ -200,7 +219,8 @@ def run(options: Options) -> None:
 
 def describe(chosen: Plan) -> str:
     """A plan in a few characters."""
-    text = f"{chosen.version} t{chosen.tokens} s{chosen.stages} c{chosen.cluster} w{chosen.workers}"
+    text = f"{chosen.version} t{chosen.tokens} s{chosen.stages} "
+    text += f"r{64 * chosen.warpgroups} k{chosen.split}" if chosen.split > 1 else f"c{chosen.cluster} w{chosen.workers}"
     return text if chosen.overlap else text + " alone"
 
 

@@ -354,6 +354,7 @@ from qoqlab_kernels.plan import TOKENS
 pairs = session.smoke_cases()
 assert {(p.version, c.format) for c, p in pairs} >= {(v, f) for v in ("v1", "v2", "v3", "v4", "v5") for f in cases.FORMATS}
 assert {(p.tokens, p.cluster) for c, p in pairs if p.version == "v5"} >= {(t, c) for t in TOKENS["v5"] for c in (1, 2, 4)}
+assert {(p.tokens, p.split) for c, p in pairs} >= {(t, s) for t in (8, 16, 32, 64) for s in (1, 2, 4, 8)}
 assert all(c.fits for c, p in pairs + session.smoke_cases(small=True))
 shared = [p.workers > 1 and p.tiles(c.m, c.n)[0] * p.tiles(c.m, c.n)[1] * (c.k // 128) % p.workers for c, p in pairs]
 assert any(shared)

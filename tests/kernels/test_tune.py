@@ -42,15 +42,16 @@ def test_v5s_candidates_run_at_once_and_have_the_registers_that_they_need(m):
     for n, k in cases.LAYERS.values():
         for p in candidates("v5", m, n, k, gemm.Form(1)):
             program = gemm.VERSIONS["v5"](*p.constants(gemm.Form(1)))
-            # two blocks a multiprocessor leave 96 registers a thread: enough up to 32 tokens, not for wider accumulators
-            assert program.residents == 1 or p.tokens <= 32
-            assert p.warpgroups == 2
-            assert p.workers * p.cluster <= 132 * program.residents
+            # two blocks a multiprocessor leave 96 registers a thread: enough up to 64 tokens, not for wider accumulators
+            assert program.residents == 1 or p.tokens <= 64
+            assert p.warpgroups == 2 or (p.tokens <= 64 and p.split > 1)
+            count, (rows, columns) = p.grid(m, n)[0], p.tiles(m, n)
+            assert count <= 132 * program.residents or count == rows * columns * p.cluster
 
 
 def test_every_kind_of_choice_is_tried():
     few = candidates("v5", 16, 6144, 4096, gemm.Form(1))
-    assert {p.cluster for p in few} == {1, 2, 4}
+    assert {p.cluster for p in few} == {1, 2} and {p.split for p in few} == {1, 2, 4}
     assert {p.tokens for p in few} == {8, 16}
     assert {p.workers * p.cluster > 132 for p in few} == {False, True}  # alone and two to a multiprocessor
     assert {gemm.stages_that_fit(16, 2, 4224), gemm.stages_that_fit(16, 2, 4224, gemm.SHARED_HALF)} <= {
@@ -75,10 +76,9 @@ def test_token_tiles_hold_the_batch_or_are_one_step_smaller(version, m, tiles):
 
 
 def test_worker_counts():
-    assert tune.worker_counts(10**6, 896, 132, 1) == (132, 128)  # 7 tiles each
-    assert tune.worker_counts(10**6, 32, 132, 1) == (132,)  # whole tiles would leave 100 places empty
-    assert tune.worker_counts(10**6, 448, 33, 4) == (33, 32)
-    assert tune.worker_counts(5, 1, 132, 1) == (5,)
+    assert tune.worker_counts(10**6, 896, 132) == (132, 128)  # 7 tiles each
+    assert tune.worker_counts(10**6, 32, 132) == (132,)  # whole tiles would leave 100 places empty
+    assert tune.worker_counts(5, 1, 132) == (5,)
 
 
 # -- the best -------------------------------------------------------------------------------------------------------------
