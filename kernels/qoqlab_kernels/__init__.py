@@ -8,6 +8,7 @@ Needs numba-cuda (``pip install "qoqlab[cu13]"``) and a GPU of compute capabilit
 simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
 
+from .attention import kv4_attention
 from .cache import PagedKV4
 from .fused import add_rms_norm, add_rms_norm_s8, rms_norm, rms_norm_s8, rope_kv4_append, silu_mul_s8
 from .lanes import lane_map
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "add_rms_norm",
     "add_rms_norm_s8",
+    "kv4_attention",
     "lane_map",
     "pack_weight",
     "plan",

@@ -116,6 +116,10 @@ class PagedKV4:
         self.pages_of(sequence)
         return self._length[sequence][self._layer(layer)]
 
+    def layer_lengths(self, layer: int) -> torch.Tensor:
+        """Lengths int32 [sequences] of a layer on the device. Raises ValueError for a layer that is none."""
+        return self.lengths[self._layer(layer)]
+
     def _layer(self, layer: int) -> int:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.layers:
             raise ValueError(f"layer: {layer!r} is not one of 0..{self.layers - 1}")

@@ -6,7 +6,7 @@ for bit, is `qoqlab.reference.rms_norm_s8` and its neighbours: sums are folded i
 does not depend on how many threads share the work.
 
 Quotients. ``round(y / scale)`` must be that of an IEEE division, but 4096 divisions a token cost more time than the token's
-bytes. With ``1 / scale = high + low`` (`low` is exact but for its own rounding), ``fused(y, high, y * low)`` is the quotient
+bytes. With ``1 / scale = high + low`` (`low` is exact but for its own rounding), ``fuse(y, high, y * low)`` is the quotient
 but for 2**-46 of it and one rounding. A tie, code + 1/2, is a number that fp32 holds and comes out exactly; any other
 quotient of an 11-bit y by an 11-bit scale is further than 2**-14 from a tie, much more than fp32's rounding.
 """
@@ -71,7 +71,7 @@ def silu(x):
 @device
 def code(y, high, low):
     """``round(y / scale)`` in -127..127, in the low byte."""
-    quotient = ptx.fused(y, high, ptx.multiply(y, low))
+    quotient = ptx.fuse(y, high, ptx.multiply(y, low))
     clamped = ptx.minimum(ptx.maximum(quotient, f32(-127.0)), f32(127.0))
     return u32(ptx.as_int(ptx.add(clamped, f32(exact.ROUNDING))))
 
@@ -265,7 +265,7 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
                 if scale == f32(0.0):
                     scale = f32(1.0)
                 high = ptx.reciprocal(scale)
-                low = ptx.multiply(ptx.fused(-high, scale, f32(1.0)), high)
+                low = ptx.multiply(ptx.fuse(-high, scale, f32(1.0)), high)
                 count = ptx.sum_of_warp(write_codes(values, high, low, place, stride, token, thread))
                 if lane == u32(0):
                     code_sums[warp] = count

@@ -151,6 +151,10 @@ def lds1(at: int) -> np.uint32:
     return _load(_block().shared_bytes(at, 4, 4))[0]
 
 
+def lds2(at: int) -> tuple:
+    return _load(_block().shared_bytes(at, 8, 8))
+
+
 def lds4(at: int) -> tuple:
     return _load(_block().shared_bytes(at, 16, 16))
 
@@ -283,7 +287,7 @@ multiply_halves, multiply_bfloats = (
 add_halves, add_bfloats = _pairwise(unpack_half, pack_half, add), _pairwise(unpack_bfloat, pack_bfloat, add)
 
 
-def fused(a: Any, b: Any, c: Any) -> np.float32:
+def fuse(a: Any, b: Any, c: Any) -> np.float32:
     """In fp64 the product is exact; the sum is rounded to odd there, so that rounding it once more is rounding once."""
     product, c = float(a) * float(b), float(c)
     total = product + c
@@ -333,6 +337,20 @@ def round_to_byte(value: Any) -> np.uint32:
     return np.uint32(int(np.clip(np.rint(value), -127, 127)) & 0xFF)
 
 
+def exp2(value: Any) -> np.float32:
+    with np.errstate(over="ignore", under="ignore"):
+        result = np.exp2(np.float32(value))
+    return result if result >= np.float32(2.0**-126) or np.isnan(result) else np.float32(0)
+
+
+def subtract_pair(a: Any, b: Any) -> np.uint32:
+    return pack_half(*(x - y for x, y in zip(unpack_half(a), unpack_half(b), strict=True)))
+
+
+def fuse_pair(a: Any, b: Any, c: Any) -> np.uint32:
+    return pack_half(*(x * y + z for x, y, z in zip(unpack_half(a), unpack_half(b), unpack_half(c), strict=True)))
+
+
 def dp4a(weights: Any, activations: Any, total: Any) -> np.int32:
     signed = [b - 256 if b > 127 else b for b in _bytes(activations)]
     return np.int32(int(total) + sum(w * x for w, x in zip(_bytes(weights), signed, strict=True)))
@@ -348,6 +366,14 @@ def largest_of_warp(value: Any) -> np.uint32:
 
 def sum_of_warp(value: Any) -> np.int32:
     return _warp((int(value),), lambda lanes: [np.int32(sum(lane[0] for lane in lanes))] * 32)
+
+
+def shuffle_up(value: Any, by: Any) -> np.int32:
+    return _warp((value,), lambda lanes: [lanes[k - int(by) if k >= int(by) else k][0] for k in range(32)])
+
+
+def warp_barrier() -> None:
+    _meet(("warp", _thread() // 32), 32)
 
 
 # -- barriers and copies --------------------------------------------------------------------------------------------------
@@ -471,6 +497,21 @@ def mma(*registers: Any) -> tuple:
         parts = _scatter(weights @ x.T)
         return [
             tuple(np.int32(c) + p for c, p in zip(lane[:4], part, strict=True))
+            for lane, part in zip(lanes, parts, strict=True)
+        ]
+
+    return _warp(registers, compute)
+
+
+def mma_half(*registers: Any) -> tuple:
+    def compute(lanes: list) -> list:
+        words = np.array([lane[4:10] for lane in lanes], np.uint32)
+        numbers = words.view(np.float16).astype(np.float32).reshape(8, 4, 6, 2)  # g, q, register, odd
+        a = numbers[:, :, :4].reshape(8, 4, 2, 2, 2).transpose(3, 0, 2, 1, 4).reshape(16, 16)  # high g, half q odd
+        b = numbers[:, :, 4:].transpose(0, 2, 1, 3).reshape(8, 16)
+        parts = _scatter(a.astype(np.float64) @ b.astype(np.float64).T)
+        return [
+            tuple(np.float32(np.float64(c) + p) for c, p in zip(lane[:4], part, strict=True))
             for lane, part in zip(lanes, parts, strict=True)
         ]
 

@@ -128,8 +128,8 @@ def rope_kv4_append(
 
 
 def threads_for(m: int, k: int, processors: int) -> int:
-    """Threads of a block, a power of two: one for each piece, but where multiprocessors have several tokens no more than half
-    of the most, unless a thread would hold over 8 pieces; and half as many where more tokens come than fit at a time
+    """Threads of a block, a power of two: one for each piece, but where multiprocessors have several tokens no more than
+    half of the most, unless a thread would hold over 8 pieces; and half as many where more tokens come than fit at a time
     (measured on an H100)."""
     pieces = blocks(k, UNIT_K) * UNIT_K // exact.PIECE
     few = m <= processors or pieces > 4 * MOST_THREADS

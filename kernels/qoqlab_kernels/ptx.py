@@ -110,6 +110,7 @@ else:
 
 
 lds1 = instruction("lds1", "ld.shared.u32 $0, [$1];", (u32,), (u32,))
+lds2 = instruction("lds2", "ld.shared.v2.u32 {$0, $1}, [$2];", (u32,) * 2, (u32,))
 lds4 = instruction("lds4", "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (u32,))
 sts1 = instruction("sts1", "st.shared.u32 [$0], $1;", (), (u32, u32))
 ldg1 = instruction("ldg1", "ld.global.nc.u32 $0, [$1];", (u32,), (u64,))
@@ -188,8 +189,6 @@ largest_bfloats = instruction(
     (u32, u32),
     pure=True,
 )
-#: a * b + c, rounded once
-fused = instruction("fused", "fma.rn.f32 $0, $1, $2, $3;", (f32,), (f32, f32, f32), pure=True)
 root = instruction("root", "sqrt.rn.f32 $0, $1;", (f32,), (f32,), pure=True)
 reciprocal = instruction("reciprocal", "rcp.rn.f32 $0, $1;", (f32,), (f32,), pure=True)
 minimum = instruction("minimum", "min.f32 $0, $1, $2;", (f32,), (f32, f32), pure=True)
@@ -205,6 +204,13 @@ round_to_byte = instruction(
     (f32,),
     pure=True,
 )
+#: 2**x, off by at most 2 units in the last place; results below 2**-126 are 0
+exp2 = instruction("exp2", "ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,), pure=True)
+#: a * b + c, rounded once
+fuse = instruction("fuse", "fma.rn.f32 $0, $1, $2, $3;", (f32,), (f32, f32, f32), pure=True)
+#: a - b and a * b + c on fp16 pairs
+subtract_pair = instruction("subtract_pair", "sub.rn.f16x2 $0, $1, $2;", (u32,), (u32, u32), pure=True)
+fuse_pair = instruction("fuse_pair", "fma.rn.f16x2 $0, $1, $2, $3;", (u32,), (u32, u32, u32), pure=True)
 #: four products of unsigned weight bytes and signed activation bytes, added to an int32
 dp4a = instruction("dp4a", "dp4a.u32.s32 $0, $1, $2, $3;", (i32,), (u32, u32, i32), pure=True)
 
@@ -214,6 +220,10 @@ shuffle_xor = instruction("shuffle_xor", "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xf
 #: the largest word, the sum of the integers of all 32 lanes
 largest_of_warp = instruction("largest_of_warp", "redux.sync.max.u32 $0, $1, 0xffffffff;", (u32,), (u32,))
 sum_of_warp = instruction("sum_of_warp", "redux.sync.add.s32 $0, $1, 0xffffffff;", (i32,), (i32,))
+#: the value of the lane that many below; the lowest lanes get their own
+shuffle_up = instruction("shuffle_up", "shfl.sync.up.b32 $0, $1, $2, 0, 0xffffffff;", (i32,), (i32, u32))
+#: the lanes of a warp meet and see each other's memory
+warp_barrier = instruction("warp_barrier", "bar.warp.sync 0xffffffff;")
 
 # -- barriers and bulk copies (sm_90) -------------------------------------------------------------------------------------
 
@@ -314,6 +324,14 @@ mma = instruction(
     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
     (i32,) * 4,
     (i32,) * 4 + (u32,) * 6,
+)
+#: m16n8k16 on fp16: (acc0..3, a0..3, b0, b1) -> acc0..3 in fp32
+mma_half = instruction(
+    "mma_half",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+    (f32,) * 4,
+    (f32,) * 4 + (u32,) * 6,
+    pure=True,
 )
 #: 8x8 matrix of 16-bit numbers, a row in four lanes' registers -> transposed
 transpose8 = instruction("transpose8", "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", (u32,), (u32,))
