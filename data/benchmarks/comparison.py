@@ -3,9 +3,9 @@
     python data/benchmarks/comparison.py --wikitext WIKITEXT_2_TEST_TXT --out data/benchmarks/comparison.csv
 
 One row per model, method and text. Texts: Python's documentation, which calibration also uses (other topics of it), and
-WikiText-2, if its test file is given, which is unlike anything that the model was trained on (the file as it is: its lines
-are joined by one newline; `load_text` joins them by two, as published perplexities do). Takes half an hour on two CPU
-cores. A JSON file beside the table says with which versions.
+WikiText-2, if its test file is given, which is unlike anything that the model was trained on (its lines joined by two
+newlines, as published perplexities do). Takes half an hour on two CPU cores. A JSON file beside the table says with which
+versions.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     models = {"bundled": model, "planted": qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)}
     texts = {"Python documentation": qoqlab.load_text("python-docs", "test")}
     if options.wikitext:
-        texts["WikiText-2"] = options.wikitext.read_text(encoding="utf-8")
+        texts["WikiText-2"] = qoqlab.load_text("wikitext-2", path=options.wikitext)
     tests = {name: spread(qoqlab.tokens(tokenizer, text, LENGTH), TEST_WINDOWS) for name, text in texts.items()}
     calibration = spread(
         qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH), CALIBRATION_WINDOWS
