@@ -40,7 +40,7 @@ def main() -> None:
     models = {"bundled": model, "planted": qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)}
     texts = {"Python documentation": qoqlab.load_text("python-docs", "test")}
     if options.wikitext:
-        texts["WikiText-2"] = qoqlab.load_text("wikitext-2", path=options.wikitext)
+        texts["WikiText-2"] = qoqlab.load_text("wikitext-2", "test", path=options.wikitext)
     tests = {name: spread(qoqlab.tokens(tokenizer, text, LENGTH), TEST_WINDOWS) for name, text in texts.items()}
     calibration = spread(
         qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH), CALIBRATION_WINDOWS
