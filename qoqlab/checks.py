@@ -20,6 +20,13 @@ def require_enum(name: str, value: object, kind: type[Enum]) -> None:
         raise TypeError(f"{name}: expected one of {members}, got {value!r}")
 
 
+def require_instance(name: str, value: object, *kinds: type | None) -> None:
+    """Raise TypeError unless ``value`` is of one of ``kinds``; None among them stands for itself."""
+    if not any(value is None if kind is None else isinstance(value, kind) for kind in kinds):
+        expected = " or ".join("None" if kind is None else kind.__name__ for kind in kinds)
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+
+
 def require_ratio(ratio: torch.Tensor | float) -> None:
     """Raise ValueError unless every clipping ratio lies in (0, 1]."""
     values = torch.as_tensor(ratio)

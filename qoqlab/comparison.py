@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from . import recipes as presets
 from .architecture import describe
 from .capture import require_ids
+from .checks import require_instance
 from .evaluate import logits_sqnr_db, perplexity
 from .pipeline import QuantizedModel, quantize
 from .recipes import Recipe
@@ -145,6 +146,7 @@ def compare(
     if not models or not tests:
         raise ValueError("model, test: expected at least one of each")
     for network in models.values():
+        require_instance("model", network, nn.Module)
         vocabulary = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
         require_ids("calibration", calibration, vocabulary)
         for text, ids in tests.items():

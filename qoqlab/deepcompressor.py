@@ -39,11 +39,11 @@ from .grids import INT8, UINT4, Grid, Zero
 from .pipeline import REPORT_COLUMNS, QuantizedModel
 from .progressive import FirstLevel, ProgressiveWeight
 from .qserve_format import require_representable
-from .rebuild import fill, take, take_bias
+from .rebuild import fill, take_bias
 from .recipes import Recipe
 from .reference import QuantizedWeight
 from .schemes import Scheme, WeightFormat, WeightKind
-from .tensorfile import CheckpointError, read_json
+from .tensorfile import CheckpointError, read_json, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

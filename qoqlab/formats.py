@@ -25,13 +25,13 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from . import online, runtime
 from .architecture import describe
 from .compressed_tensors import Layout, export_compressed_tensors
 from .deepcompressor import export_deepcompressor, import_deepcompressor
 from .pipeline import REPORT_COLUMNS, QuantizedModel
 from .qserve_format import Engine, export_qserve, import_qserve
-from .rebuild import ROTARY, empty_model, fill, recipe_from_json, recipe_to_json, take, take_bias
+from .rebuild import ROTARY, empty_model, fill, recipe_from_json, recipe_to_json, take_bias
+from .resume import layer_from
 from .schemes import Scheme
 from .tensorfile import (
     NAMES,
@@ -200,14 +200,7 @@ def _without_digest(entry: Any) -> Any:
     return {key: value for key, value in entry.items() if key != "sha256"}
 
 
-def _replacement(state: LazyTensors, scheme: Scheme, name: str, linear: nn.Linear) -> nn.Module | None:
+def _replacement(state: LazyTensors, scheme: Scheme, name: str, linear: nn.Linear) -> nn.Module:
     """The layer that stood for a linear when the checkpoint was saved."""
-    transform = online.take(state, name, linear.in_features)  # type: ignore[arg-type]
-    form = scheme.weights
-    if form is None:
-        return None if transform is None else online.OnlineLinear(linear, transform)
-    n, k = linear.out_features, linear.in_features
-    if k % form.multiple:
-        raise ValueError(f"{n}x{k} is not divisible into groups of {form.multiple} along K")
-    parts = {part: take(state, f"{name}.{part}", *expected) for part, expected in form.layout(n, k).items()}
-    return runtime.QuantLinear(form.unpack(parts), take_bias(state, name, linear), scheme.activations, transform)
+    bias = None if scheme.weights is None else take_bias(state, name, linear)
+    return layer_from(state, name, linear, scheme, bias)

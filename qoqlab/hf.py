@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .checks import require_instance
 from .grids import UINT4, Grid
 from .hadamard import transform
 from .kv import Keys, KVFormat, QuantizedKV, dequantize_windows
 from .packing import pack_u4, unpack_u4
+
+
+def _format(grid: Grid | KVFormat) -> KVFormat:
+    """The format that a cache is made for. Raises TypeError for anything else, ValueError for a format without a grid."""
+    require_instance("grid", grid, Grid, KVFormat)
+    form = KVFormat.of(grid)
+    if form is None or form.grid is None:
+        raise ValueError(f"grid: expected a Grid or a KVFormat with a grid, got {grid!r}")
+    return form
 
 
 class KV4Layer(DynamicLayer):
@@ -23,10 +33,9 @@ class KV4Layer(DynamicLayer):
 
     def __init__(self, grid: Grid | KVFormat = UINT4) -> None:
         super().__init__()
-        form = KVFormat.of(grid)
-        if form is None or form.grid is None:
-            raise ValueError(f"grid: expected a Grid or a KVFormat with a grid, got {grid!r}")
-        self.form, self.grid = form, form.grid
+        self.form = _format(grid)
+        assert self.form.grid is not None
+        self.grid = self.form.grid
         self.stored: dict[str, QuantizedKV] = {}
         #: with scales per key channel: exact keys [B, H, < window, D] of the window that is not complete yet
         self.waiting: torch.Tensor | None = None
@@ -121,7 +130,7 @@ class KV4Cache(Cache):
     """
 
     def __init__(self, grid: Grid | KVFormat = UINT4) -> None:
-        super().__init__(layer_class_to_replicate=functools.partial(KV4Layer, grid))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=functools.partial(KV4Layer, _format(grid)))  # type: ignore[arg-type]
 
     def storage_bytes(self) -> int:
         """Bytes of all layers' codes, scales and zeros."""

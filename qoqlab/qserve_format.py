@@ -40,11 +40,11 @@ from .kv import KVFormat
 from .packing import ScaleOrder
 from .pipeline import REPORT_COLUMNS, QuantizedModel
 from .progressive import FirstLevel, ProgressiveWeight
-from .rebuild import fill, take, take_bias
+from .rebuild import fill, take_bias
 from .recipes import Recipe
 from .reference import QuantizedWeight
 from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind
-from .tensorfile import CheckpointError, read_json
+from .tensorfile import CheckpointError, read_json, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,7 +23,16 @@ from . import attention, online, runtime
 from .architecture import LINEARS, Block
 from .recipes import Recipe
 from .schemes import Scheme, scheme_to_json
-from .tensorfile import CheckpointError, LazyTensors, TensorFile, digest_of_tensor, read_json, write_json, write_tensors
+from .tensorfile import (
+    CheckpointError,
+    LazyTensors,
+    TensorFile,
+    digest_of_tensor,
+    read_json,
+    take,
+    write_json,
+    write_tensors,
+)
 
 MANIFEST = "run.json"
 SCHEMA = 1
@@ -36,21 +45,16 @@ def layer_from(
 ) -> nn.Module:
     """The quantised layer that stands for ``linear``, from tensors ``{name}.codes`` and so on, which are taken out.
 
-    Raises KeyError for tensors that are missing, ValueError for shapes or dtypes other than the scheme's.
+    Raises KeyError for tensors that are missing, ValueError for shapes or dtypes other than the scheme's and for inputs that
+    its groups do not divide.
     """
     n, k = linear.out_features, linear.in_features
     transform = online.take(parts, name, k)  # type: ignore[arg-type]
     if scheme.weights is None:
         return linear if transform is None else online.OnlineLinear(linear, transform)
-    taken = {}
-    for part, (shape, dtype) in scheme.weights.layout(n, k).items():
-        tensor = parts.pop(f"{name}.{part}", None)
-        if tensor is None:
-            raise KeyError(f"tensor {name}.{part} is missing")
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"tensor {name}.{part}: expected {dtype} {list(shape)}, got {got}")
-        taken[part] = tensor
+    if k % scheme.weights.multiple:
+        raise ValueError(f"{n}x{k} is not divisible into groups of {scheme.weights.multiple} along K")
+    taken = {part: take(parts, f"{name}.{part}", *what) for part, what in scheme.weights.layout(n, k).items()}
     return runtime.QuantLinear(scheme.weights.unpack(taken), bias, scheme.activations, transform)
 
 
@@ -149,9 +153,7 @@ def fill_block(block: Block, state: dict[str, torch.Tensor], scheme: Scheme) -> 
         linear = block.linear(role)
         bias = None
         if scheme.weights is not None and linear.bias is not None:
-            bias = state.pop(f"{path}.bias")
-            if bias.shape != linear.bias.shape or not bias.is_floating_point():
-                raise ValueError(f"tensor {path}.bias: expected float {list(linear.bias.shape)}, got {list(bias.shape)}")
+            bias = take(state, f"{path}.bias", (linear.out_features,), None)
         layers[role] = layer_from(state, path, linear, scheme, bias)
     for role, layer in layers.items():
         block.set_linear(role, layer)

@@ -11,7 +11,7 @@ import torch
 
 from . import affine, grids, grouped, progressive
 from .affine import Affine, AffineScales
-from .checks import require_count, require_enum, require_ratio, require_rows
+from .checks import require_count, require_enum, require_instance, require_ratio, require_rows
 from .grids import INT4, INT8, UINT4, Grid, Zero
 from .grouped import Grouped, GroupedScales
 from .kv import Keys, KVFormat
@@ -234,11 +234,21 @@ class Scheme:
     """Formats of a whole model; None leaves that part unquantised.
 
     A `Grid` alone is the usual granularity: activations with a scale per token, keys and values per token and head.
+    Activations are quantised by the layers that quantised weights bring, so they need ``weights``.
+
+    Raises TypeError for anything else, ValueError for activations without weights.
     """
 
     weights: WeightFormat | None = None
     activations: Grid | ActivationFormat | None = None
     kv: Grid | KVFormat | None = None
+
+    def __post_init__(self) -> None:
+        require_instance("weights", self.weights, WeightFormat, None)
+        require_instance("activations", self.activations, Grid, ActivationFormat, None)
+        require_instance("kv", self.kv, Grid, KVFormat, None)
+        if self.activations is not None and self.weights is None:
+            raise ValueError("activations: layers whose weights stay as they are do not quantise them; give weights too")
 
     def kv_bits_per_value(self, head_dim: int) -> float:
         """Stored bits per cached number, averaged over keys and values, scale and zero included.

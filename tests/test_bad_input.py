@@ -435,3 +435,16 @@ def test_a_recipe_that_could_not_be_loaded_is_not_saved(tmp_path) -> None:
         assert qoqlab.load(tmp_path / "checkpoint").recipe == result.recipe
     finally:
         del steps.STEPS["mine"]
+
+
+def test_a_name_is_not_a_model_for_compare() -> None:
+    with pytest.raises(TypeError, match="model: expected Module, got 'tiny'"):
+        qoqlab.compare(["fp16"], "tiny", IDS, IDS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("value", "error"), [("x", TypeError), (None, TypeError), (qoqlab.kv.KVFormat(None), ValueError)])
+def test_a_cache_refuses_a_wrong_grid_when_it_is_made(value: object, error: type[Exception]) -> None:
+    from qoqlab.hf import KV4Cache
+
+    with pytest.raises(error, match="grid: expected"):
+        KV4Cache(value)  # type: ignore[arg-type]

@@ -171,3 +171,61 @@ def test_activation_formats() -> None:
             ActivationFormat(**bad)
     with pytest.raises(ValueError, match="x: holds 1 NaN"):
         quantize_activations(torch.tensor([[1.0, float("nan")]]), ActivationFormat(INT4, 2))
+
+
+DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([2, 4, 16, 32, 128]),
+    dtype=DTYPES,
+    zero=st.sampled_from(Zero),
+    offset=st.floats(-2, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_group_u4_over_shapes_group_sizes_and_dtypes(rows, groups, group_size, dtype, zero, offset, seed) -> None:
+    x = (torch.randn(rows, groups * group_size, generator=torch.Generator().manual_seed(seed)) + offset).to(dtype)
+    before, form = x.clone(), WeightFormat(WeightKind.GROUP_U4, group_size, zero)
+    scales = form.choose(x)
+    quantized = assemble(scales, scales.encode(x))
+    assert torch.equal(x, before)
+    assert quantized.codes.dtype == torch.uint8 and int(quantized.codes.max()) <= 15
+    assert quantized.scales.shape == quantized.zeros.shape == (rows, groups) and quantized.scales.dtype == torch.float16
+    stored = pack(quantized)
+    assert {n: (tuple(t.shape), t.dtype) for n, t in stored.items()} == form.layout(rows, groups * group_size)
+    again = form.unpack(stored)
+    assert WeightFormat.of(again) == form and torch.equal(again.dequantize(), quantized.dequantize())
+    # half a step of rounding, another half where the zero is an integer, and the scale's own fp16 rounding over 15 steps
+    step = scales.scales.double().repeat_interleave(group_size, 1)
+    limit = (1 if zero is Zero.INTEGER else 0.5) + 15 * 2.0**-11 + 16 * 2.0**-10
+    assert bool(((quantized.dequantize().double() - x.double()).abs() <= step * limit).all())
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(
+    lead=st.sampled_from([(), (3,), (2, 3)]),
+    columns=st.integers(1, 70),
+    group_size=st.none() | st.integers(1, 80),
+    outliers=st.integers(0, 20),
+    grid=st.sampled_from([INT4, INT8]),
+    dtype=DTYPES,
+    seed=st.integers(0, 2**16),
+)
+def test_activation_formats_over_shapes_group_sizes_and_dtypes(
+    lead, columns, group_size, outliers, grid, dtype, seed
+) -> None:
+    x = torch.randn(*lead, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    before = x.clone()
+    quantized = quantize_activations(x, ActivationFormat(grid, group_size, outliers))
+    kept = grouped.outlier_columns(columns, outliers)
+    body, tail = quantized.codes.tensor_split([columns - kept], -1)
+    assert torch.equal(x, before) and quantized.codes.shape == x.shape and quantized.codes.dtype == torch.int8
+    assert body.numel() == 0 or (grid.low <= int(body.min()) and int(body.max()) <= grid.high)
+    assert tail.numel() == 0 or (INT8.low <= int(tail.min()) and int(tail.max()) <= INT8.high)
+    # every group's largest value is met up to half a step and the rounding of its fp16 scale
+    step = x.double().abs().amax(-1, keepdim=True) / grid.high
+    error = (quantized.dequantize(torch.float64) - x.double()).abs()
+    assert bool((error <= step * (0.5 + grid.high * 2.0**-10) + 2.0**-24 * grid.high).all())

@@ -194,3 +194,28 @@ def test_a_ratio_clips_both_ends():
     assert got.codes[0, 3] == 15 and got.codes[0, 0] == 0
     with pytest.raises(ValueError, match="ratio"):
         kv.quantize_kv(x, UINT4, 0.0)
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(
+    lead=st.sampled_from([(), (2,), (2, 3)]),
+    windows=st.integers(1, 3),
+    window=st.sampled_from([2, 4, 32]),
+    width=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    grid=st.sampled_from([UINT4, UINT8]),
+    seed=st.integers(0, 2**16),
+)
+def test_windows_of_keys_over_shapes_and_dtypes(lead, windows, window, width, dtype, grid, seed):
+    """A window's channel is a row of `quantize_kv`, and decoding puts every token back in its place."""
+    x = torch.randn(*lead, windows * window, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    before, form = x.clone(), kv.KVFormat(grid, kv.Keys.CHANNEL, window)
+    got = form.quantize_windows(x)
+    rows = x.unflatten(-2, (windows, window)).transpose(-1, -2)
+    expected = kv.quantize_kv(rows, grid)
+    assert torch.equal(x, before) and got.codes.shape == (*lead, windows, width, window)
+    for name, tensor in vars(expected).items():
+        assert torch.equal(getattr(got, name), tensor), name
+    back = kv.dequantize_windows(got, torch.float64)
+    assert back.shape == x.shape
+    assert torch.equal(back.unflatten(-2, (windows, window)).transpose(-1, -2), expected.dequantize(torch.float64))

@@ -118,7 +118,6 @@ def test_bad_weights_are_refused_for_every_kind():
         (Scheme(WeightFormat(WeightKind.PROGRESSIVE_U4), INT8, UINT4), "W4A8KV4 g128"),
         (Scheme(WeightFormat(WeightKind.CHANNEL_U4), INT8, UINT4), "W4A8KV4"),
         (Scheme(WeightFormat(WeightKind.CHANNEL_S8), INT8, UINT8), "W8A8KV8"),
-        (Scheme(activations=INT8), "W16A8KV16"),
         (Scheme(WeightFormat(WeightKind.GROUP_U4)), "W4A16KV16 g128"),
         (Scheme(WeightFormat(WeightKind.CHANNEL_S4), ActivationFormat(INT4, ratio=0.9), KVFormat(ratio=0.9)), "W4A4KV4"),
         (Scheme(WeightFormat(WeightKind.GROUP_S4, outliers=128), INT4, UINT8), "W4A4KV8 g128 + INT8 outliers"),
@@ -174,3 +173,23 @@ def test_nonsense_in_json_is_refused():
     ):
         with pytest.raises((KeyError, TypeError, ValueError)):
             scheme_from_json({**good, part: value})
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"weights": "W4"}, TypeError, "weights: expected WeightFormat or None, got 'W4'"),
+        ({"weights": WeightKind.GROUP_U4}, TypeError, "weights: expected WeightFormat or None, got <WeightKind"),
+        (
+            {"weights": WeightFormat(WeightKind.GROUP_U4), "activations": 8},
+            TypeError,
+            "activations: expected Grid or .*got 8",
+        ),
+        ({"kv": 4}, TypeError, "kv: expected Grid or KVFormat or None, got 4"),
+        ({"activations": INT8}, ValueError, "activations: layers whose weights stay as they are"),
+        ({"activations": ActivationFormat(), "kv": UINT4}, ValueError, "activations: layers whose weights stay as they are"),
+    ],
+)
+def test_schemes_that_would_be_ignored_or_fail_later_are_refused(parts, error, message):
+    with pytest.raises(error, match=message):
+        Scheme(**parts)
