@@ -1,10 +1,11 @@
 """Benchmark of the kernels beside their bounds and their peers, on this machine's GPU.
 
     python -m qoqlab_kernels.bench gemm --json data/benchmarks/gemm.json
+    python -m qoqlab_kernels.bench kv4_decode --json data/benchmarks/kv4_decode.json
 
-times the W4A8 GEMM on the four linear layers of a Llama-3-8B block. Every result is compared with an exact reference,
-element by element, before it is timed and while; every peer with fp64, to its own precision. kernels/README.md says how to
-read the output.
+The first times the W4A8 GEMM on the four linear layers of a Llama-3-8B block. Every result is compared with an exact
+reference, element by element, before it is timed and while; every peer with fp64, to its own precision. The second times
+decode attention over a KV4 cache (`bench_decode`). kernels/README.md says how to read the output.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qoqlab import reference
 from qoqlab.affine import Affine, quantize_per_token_s8
 from qoqlab.progressive import ProgressiveWeight
 
-from . import cases, gemm, matmul, measure
+from . import bench_decode, cases, gemm, matmul, measure
 from .layout import Activations, PackedWeight, pack_weight, tile_activations
 from .plan import Plan
 
@@ -350,6 +351,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     command.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     command.add_argument("--json", type=Path, help="write the record here")
     command.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
+    commands.add_parser("kv4_decode", help="decode attention over a KV4 cache", add_help=False)
     known = parser.parse_args(arguments)
     try:
         batches = measure.numbers(known.m, "--m")
@@ -380,6 +382,8 @@ def bench_gemm(options: Options, command: Sequence[str], json: Path | None, comm
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["kv4_decode"]:
+        return bench_decode.main(given[1:])
     options, known = parse(given)
     command = measure.command_line(MODULE, given)
     return measure.guarded(MODULE, lambda: bench_gemm(options, command, known.json, known.commit))

@@ -175,6 +175,17 @@ def stg4(at: int, *values: Any) -> None:
     _block().global_bytes(at, 16, 16).view(np.uint32)[:] = values
 
 
+def stg2(at: int, *values: Any) -> None:
+    _block().global_bytes(at, 8, 8).view(np.uint32)[:] = values
+
+
+def store_byte(at: int, value: Any) -> None:
+    _block().global_bytes(at, 1, 1)[0] = int(value) & 0xFF
+
+
+load1 = ldg1
+
+
 def atomic_inc(at: int) -> np.uint32:
     block = _block()
     with block.lock:
@@ -264,6 +275,23 @@ def maximum(a: Any, b: Any) -> np.float32:
     return np.float32(np.fmax(a, b))
 
 
+def minimum(a: Any, b: Any) -> np.float32:
+    return np.float32(np.fmin(a, b))
+
+
+def round_to_nibble(value: Any) -> np.uint32:
+    return np.uint32(int(np.clip(np.rint(value), 0, 15)))
+
+
+def exp2(value: Any) -> np.float32:
+    with np.errstate(under="ignore"):
+        return np.exp2(np.float32(value))
+
+
+def reciprocal(value: Any) -> np.float32:
+    return np.float32(1) / np.float32(value)
+
+
 def as_int(value: Any) -> np.int32:
     return np.float32(value).view(np.int32)
 
@@ -279,6 +307,17 @@ def dp4a(weights: Any, activations: Any, total: Any) -> np.int32:
 
 def shuffle_xor(value: Any, mask: Any) -> np.int32:
     return _warp((value,), lambda lanes: [lanes[k ^ int(mask)][0] for k in range(32)])
+
+
+def shuffle_from(value: Any, source: Any) -> np.int32:
+    def compute(lanes: list) -> list:
+        return [lanes[int(lane[1]) & 31][0] for lane in lanes]
+
+    return _warp((value, source), compute)
+
+
+def warp_sync() -> None:
+    _meet(("warp", _thread() // 32), 32)
 
 
 # -- barriers and copies --------------------------------------------------------------------------------------------------
@@ -402,6 +441,22 @@ def mma(*registers: Any) -> tuple:
         parts = _scatter(weights @ x.T)
         return [
             tuple(np.int32(c) + p for c, p in zip(lane[:4], part, strict=True))
+            for lane, part in zip(lanes, parts, strict=True)
+        ]
+
+    return _warp(registers, compute)
+
+
+def mma_half(*registers: Any) -> tuple:
+    def compute(lanes: list) -> list:
+        words = np.array([lane[4:10] for lane in lanes], np.uint32)
+        halves = words.view(np.float16).reshape(8, 4, 6, 2).astype(np.float32)  # g, q, register, odd
+        a = halves[:, :, :4].reshape(8, 4, 2, 2, 2)  # g, q, columns 8.., row + 8, odd
+        a = a.transpose(3, 0, 2, 1, 4).reshape(16, 16)
+        b = halves[:, :, 4:].transpose(0, 2, 1, 3).reshape(8, 16)
+        parts = _scatter(a @ b.T)
+        return [
+            tuple(np.float32(c) + p for c, p in zip(lane[:4], part, strict=True))
             for lane, part in zip(lanes, parts, strict=True)
         ]
 

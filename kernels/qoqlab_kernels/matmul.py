@@ -234,16 +234,20 @@ _workspaces: dict[tuple, Workspace] = {}
 
 
 def workspace(plan: Plan, tiles: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial sums and counters for a launch on the current stream.
-
-    Kernels of a stream follow each other and share theirs. A CUDA graph gets its own, because it may be replayed beside
-    other work of the stream on which it was captured; its replay zeroes the counters once.
-    """
+    """Partial sums and counters for a launch of the GEMM on the current stream."""
     if plan.version not in ("v4", "v5"):
         nothing = torch.empty(1, dtype=torch.int32, device=device)
         return nothing.view(torch.uint8), nothing
     groups = plan.cluster * plan.warpgroups
-    size, count = plan.workers * 2 * groups * 64 * plan.tokens * 4, tiles * groups
+    return room_for(plan.workers * 2 * groups * 64 * plan.tokens * 4, tiles * groups, device)
+
+
+def room_for(size: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``size`` bytes for partial results and ``count`` counters, all zero, for a launch on the current stream.
+
+    Kernels of a stream follow each other and share theirs. A CUDA graph gets its own, because it may be replayed beside
+    other work of the stream on which it was captured; its replay zeroes the counters once.
+    """
     place: tuple = (device,)
     capture = 0
     if device.type == "cuda":

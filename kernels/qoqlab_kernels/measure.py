@@ -81,6 +81,11 @@ def gemm_bytes(m: int, n: int, k: int, group_size: int) -> int:
     return n * k // 2 + scales + m * k + 6 * m + 2 * m * n
 
 
+def attention_bytes(batch: int, length: int, q_heads: int, kv_heads: int, head_dim: int) -> int:
+    """The least that KV4 decode attention moves: codes, scales and zeros of keys and values, 16-bit queries and results."""
+    return batch * (length * kv_heads * 2 * (head_dim // 2 + 4) + 2 * 2 * q_heads * head_dim)
+
+
 def gemm_ops(m: int, n: int, k: int) -> int:
     """Multiplications and additions of a product."""
     return 2 * m * n * k
@@ -190,26 +195,32 @@ def graph_time(calls: Sequence[Callable[[], Any]], about_us: float = 1e9, replay
 # -- compilation ----------------------------------------------------------------------------------------------------------
 
 
-def _compile(version: str, constants: tuple, capability: tuple[int, int]) -> str:
+def _compile(build: Callable[..., Program], constants: tuple, capability: tuple[int, int]) -> str:
     try:
-        launch.binary(gemm.VERSIONS[version], constants, capability)
+        launch.binary(build, constants, capability)
     except Exception as error:  # whatever the compiler says: this candidate is none
         return f"{type(error).__name__}: {error}"
     return ""
 
 
+def compile_all(
+    jobs: Sequence[tuple[Callable[..., Program], tuple]], capability: tuple[int, int], processes: int = 0
+) -> list[str]:
+    """Compile programs ``build(*constants)`` into the disk cache, in parallel; a message for each, empty where all is well.
+    ``processes`` 0: one a core."""
+    count = min(processes or os.cpu_count() or 1, len(jobs))
+    if count <= 1:
+        return [_compile(*job, capability) for job in jobs]
+    with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+        return list(pool.map(_compile, *zip(*jobs, strict=True), [capability] * len(jobs)))
+
+
 def compile_ahead(
     wanted: Iterable[tuple[Plan, gemm.Form]], capability: tuple[int, int], processes: int = 0
 ) -> dict[tuple[str, tuple], str]:
-    """Compile the kernels of plans into the disk cache, in parallel. Returns what would not compile: (version, constants) ->
-    message. ``processes`` 0: one a core."""
+    """Compile the GEMM's kernels of plans (`compile_all`). Returns what would not: (version, constants) -> message."""
     jobs = list(dict.fromkeys((plan.version, plan.constants(form)) for plan, form in wanted))
-    count = min(processes or os.cpu_count() or 1, len(jobs))
-    if count <= 1:
-        messages = [_compile(*job, capability) for job in jobs]
-    else:
-        with ProcessPoolExecutor(count, get_context("spawn")) as pool:
-            messages = list(pool.map(_compile, *zip(*jobs, strict=True), [capability] * len(jobs)))
+    messages = compile_all([(gemm.VERSIONS[version], constants) for version, constants in jobs], capability, processes)
     return {job: message for job, message in zip(jobs, messages, strict=True) if message}
 
 

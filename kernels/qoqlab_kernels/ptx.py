@@ -117,6 +117,11 @@ ldg4 = instruction("ldg4", "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 
 stg4 = instruction("stg4", "st.global.v4.u32 [$0], {$1, $2, $3, $4};", (), (u64, u32, u32, u32, u32))
 atomic_inc = instruction("atomic_inc", "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", (u32,), (u64,))
 stg1 = instruction("stg1", "st.global.u32 [$0], $1;", (), (u64, u32))
+stg2 = instruction("stg2", "st.global.v2.u32 [$0], {$1, $2};", (), (u64, u32, u32))
+#: the low byte of a word
+store_byte = instruction("store_byte", "st.global.u8 [$0], $1;", (), (u64, u32))
+#: one word that an earlier kernel of the stream, perhaps still ending when this one started, has written
+load1 = instruction("load1", "ld.global.u32 $0, [$1];", (u32,), (u64,))
 
 # -- arithmetic -----------------------------------------------------------------------------------------------------------
 
@@ -166,6 +171,21 @@ round_to_byte = instruction(
 #: four products of unsigned weight bytes and signed activation bytes, added to an int32
 dp4a = instruction("dp4a", "dp4a.u32.s32 $0, $1, $2, $3;", (i32,), (u32, u32, i32), pure=True)
 
+minimum = instruction("minimum", "min.f32 $0, $1, $2;", (f32,), (f32, f32), pure=True)
+#: fp32 -> nearest integer (ties to even) in 0..15
+round_to_nibble = instruction(
+    "round_to_nibble",
+    "{ .reg .s32 v; cvt.rni.s32.f32 v, $1; min.s32 v, v, 15; max.s32 $0, v, 0; }",
+    (u32,),
+    (f32,),
+    pure=True,
+)
+#: 2 to the power of x, off by two units in the last place at most; 0 for minus infinity
+exp2 = instruction("exp2", "ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,), pure=True)
+reciprocal = instruction("reciprocal", "rcp.approx.ftz.f32 $0, $1;", (f32,), (f32,), pure=True)
+
+#: the value of the lane of a number
+shuffle_from = instruction("shuffle_from", "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", (i32,), (i32, u32))
 #: the value of the lane whose number differs in the bits of the mask
 shuffle_xor = instruction("shuffle_xor", "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", (i32,), (i32, u32))
 
@@ -225,6 +245,8 @@ cluster_index = instruction("cluster_index", "mov.u32 $0, %clusterid.x;", (u32,)
 cluster_count = instruction("cluster_count", "mov.u32 $0, %nclusterid.x;", (u32,), pure=True)
 #: barrier of `threads` threads with one of 16 numbers: (number, threads)
 named_barrier = instruction("named_barrier", "bar.sync $0, $1;", (), (u32, u32))
+#: the threads of a warp meet and see each other's memory
+warp_sync = instruction("warp_sync", "bar.warp.sync 0xffffffff;")
 #: programmatic dependent launch: let the next kernel of the stream start; wait until the previous one is complete
 allow_next_kernel = instruction("allow_next_kernel", "griddepcontrol.launch_dependents;")
 wait_for_previous_kernel = instruction("wait_for_previous_kernel", "griddepcontrol.wait;")
@@ -268,6 +290,14 @@ mma = instruction(
     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
     (i32,) * 4,
     (i32,) * 4 + (u32,) * 6,
+)
+#: m16n8k16: (acc0..3, a0..3 fp16 pairs, b0, b1 fp16 pairs) -> acc0..3. Takes subnormal fp16 as what they are.
+mma_half = instruction(
+    "mma_half",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+    (f32,) * 4,
+    (f32,) * 4 + (u32,) * 6,
+    pure=True,
 )
 #: 8x8 matrix of 16-bit numbers, a row in four lanes' registers -> transposed
 transpose8 = instruction("transpose8", "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", (u32,), (u32,))

@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import cases, emulation, gemm, launch, layout, matmul, ptx
+from qoqlab_kernels import attention, cases, decode, emulation, gemm, launch, layout, matmul, ptx
 from qoqlab_kernels.cases import Case
 from qoqlab_kernels.plan import Plan
 
@@ -164,6 +164,92 @@ def quantize_case(m: int, k: int, dtype: str, how: str = "contiguous") -> dict:
         "codes": torch.equal(got.codes, codes),
         "scales": torch.equal(got.scales, scales),
         "sums": torch.equal(got.sums.long(), codes.sum(-1, dtype=torch.int64)),
+    }
+
+
+# -- attention over a KV4 cache -------------------------------------------------------------------------------------------
+
+
+def attention_case(
+    lengths: list[int],
+    heads: int,
+    group: int,
+    dim: int,
+    plan: dict,
+    dtype: str = "float16",
+    window: int = 0,
+    softcap: float = 0.0,
+    reverse: bool = False,
+) -> dict:
+    """Append by the kernel, then attend by a plan into poison: whether the cache is right, and the largest relative error
+    against fp64 on the dequantised cache (for a sequence without tokens: the largest number)."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    cache = qk.PagedKV4(2, heads, dim, 1 + sum(-(-n // 64) for n in lengths), sequences=8)
+    cache.data[:, cache.allocator.take()] = 0xFF  # a page that nobody owns, full of NaN constants
+    opened, total = [cache.open() for _ in lengths], sum(lengths)
+    cache.extend(opened, lengths)
+    rows = torch.randn(2, total, heads, dim, generator=generator)
+    rows[0] += 2 * torch.randn(heads, dim, generator=generator)
+    rows[1] = rows[1] * 0.01 + 0.02
+    rows[:, 3::7] = 0
+    keys, values = rows.to(getattr(torch, dtype))
+    cache.append(1, opened, keys, values, lengths)
+    want = cache.data.clone()
+    cache.data[:, 1:] = 0
+    back = torch.cat([torch.arange(n, 0, -1, dtype=torch.int32) for n in lengths])
+    cache.write_by_kernel(1, cache.batch(opened).repeat_interleave(torch.tensor(lengths)), back, keys, values)
+    query = torch.randn(len(lengths), heads * group, dim, generator=generator).to(keys.dtype)
+    form = attention.Form(dim, group, dtype == "bfloat16", softcap > 0)
+    out, buffer = poisoned(len(lengths), heads * group * dim, keys.dtype)
+    out = out.view(query.shape)
+    with backwards() if reverse else contextlib.nullcontext():
+        decode.run(decode.DecodePlan(**plan), form, query, cache.data, cache.tables, cache.lengths, cache.batch(opened), out,
+                   (1, dim**-0.5, window, softcap))  # fmt: skip
+    errors = []
+    for b, sequence in enumerate(opened):
+        k, v = (x[:, -window:].double() for x in cache.gather(1, sequence))
+        logits = query[b].double().view(heads, group, dim) @ k.transpose(-1, -2) * dim**-0.5
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        y = (logits.softmax(-1) @ v).view(-1, dim)
+        errors.append(float((out[b].double() - y).norm() / (y.norm() if lengths[b] else 1)))
+    return {
+        "cache": torch.equal(want, cache.data),
+        "error": max(errors),
+        "kept": bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()),
+    }
+
+
+def attention_public_case() -> dict:
+    """The public function, plain and under torch.compile, and the messages for bad input."""
+    cache = qk.PagedKV4(1, 1, 64, 2, sequences=2)
+    a = cache.open()
+    cache.extend([a], [70])
+    x = torch.randn(70, 1, 64, generator=torch.Generator().manual_seed(0)).half()
+    cache.append(0, [a], x, x, [70])
+    query, batch = x[:2].reshape(1, 2, 64), cache.batch([a])
+    y = qk.kv4_attention(query, cache, 0, [a], window=66)
+    compiled = torch.compile(lambda q: qk.kv4_attention(q, cache, 0, batch, window=66) * 2, backend="aot_eager")
+
+    def call(q: Any = query, c: Any = cache, layer: int = 0, sequences: Any = batch, **options: Any) -> Any:
+        return message_of(lambda: qk.kv4_attention(q, c, layer, sequences, **options))
+
+    return {
+        "compiled": torch.equal(compiled(query), y * 2),
+        "errors": [
+            call(q=query.float()),
+            call(q=query[0]),
+            call(q=query.expand(2, 2, 64)),
+            call(q=query[..., :32]),
+            call(q=query.repeat(1, 9, 1)),
+            call(c=qk.PagedKV8(1, 1, 64, 2)),
+            call(layer=1),
+            call(sequences=[1]),
+            call(sequences=batch.long()),
+            call(scale=float("nan")),
+            call(window=0),
+            call(softcap=-1.0),
+        ],
     }
 
 
@@ -314,7 +400,18 @@ def error_cases() -> dict:
 
 FUNCTIONS = {
     f.__name__: f
-    for f in (gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases)
+    for f in (
+        attention_case,
+        attention_public_case,
+        gemm_case,
+        public_case,
+        compiled_case,
+        quantize_case,
+        spoilt_case,
+        mutant_case,
+        cluster_case,
+        error_cases,
+    )
 }
 
 
