@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, online, reference
+from . import arithmetic, attention, engine, online, reference
 from .architecture import Block, describe
 from .attention import Mode
-from .checks import require_enum
+from .cached_attention import KernelAttention, ReferenceAttention, Shape
+from .checks import require_count, require_enum
+from .engine import Engine
 from .grids import INT8, Grid
 from .grouped import Grouped
+from .kv import KVFormat
 from .online import Online
 from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind, pack, quantize_activations
 
@@ -223,4 +226,63 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(floats.values()) + sum(m.storage_bytes() for m in quantized_layers)
 
 
-__all__ = ["Mode", "QuantLinear", "install", "kernels", "mode", "quantized", "set_mode", "weight_bytes"]
+@torch.no_grad()
+def compile(
+    q: Any,
+    device: str | torch.device = "cuda",
+    max_batch: int = 64,
+    max_tokens: int = 2048,
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """An `engine.Engine` that runs a quantised model: on the kernels where ``device`` is a GPU, on `reference` on the CPU.
+
+    ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as
+    "qoq-g128" and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of
+    activations, by default the model's own, but fp16 for an fp32 model on a GPU.
+
+    Raises TypeError for another architecture or dtype; ValueError for a layer that engines cannot run, naming it;
+    RuntimeError where ``device`` is a GPU and the kernels (extra "cu13" or "cu12") or the GPU are missing.
+    """
+    architecture = describe(q.model if hasattr(q, "recipe") else q)
+    require_count("max_batch", max_batch, 1)
+    require_count("max_tokens", max_tokens, 1)
+    place = torch.device(device)
+    form = engine.check(architecture)
+    own = architecture.embedding.weight.dtype
+    on_gpu = place.type == "cuda"
+    dtype = dtype or (torch.float16 if on_gpu and own == torch.float32 else own)
+    known = (torch.float16, torch.bfloat16) if on_gpu else (torch.float16, torch.bfloat16, torch.float32)
+    if dtype not in known:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, known))} on {place.type}, got {dtype}")
+    first = architecture.blocks[0]
+    shape = Shape(len(architecture.blocks), first.heads, first.kv_heads, first.head_dim, max_batch, max_tokens)
+    if not on_gpu:
+        cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
+        norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
+        attend = ReferenceAttention(shape, form, (cos, sin), norms, dtype)
+        plain = arithmetic.ReferenceOps(dtype)
+        return Engine(engine.network_of(architecture, plain, place), plain, attend, (max_batch, max_tokens))
+    if form != KVFormat():
+        raise ValueError(f"q: keys and values in {form}; on a GPU an engine needs UINT4 per token, as in qoq-g128")
+    for block in architecture.blocks:
+        for role, linear in block.linears():
+            problem = arithmetic.kernel_problem(linear.quantized)
+            if problem:
+                raise ValueError(f"q: the kernels cannot multiply by {block.name(role)}: {problem}")
+    package = kernels(place)
+    if package is None:
+        raise RuntimeError(
+            f"device: {place}; an engine on a GPU needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, the kernels (pip "
+            f'install "qoqlab[cu13]", or cu12) and no {CHOICE}=reference'
+        )
+    if place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.device(place):
+        cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
+        norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
+        fast = KernelAttention(package, shape, (cos, sin), norms)
+        ops = arithmetic.KernelOps(package, dtype)
+        return Engine(engine.network_of(architecture, ops, place), ops, fast, (max_batch, max_tokens))
+
+
+__all__ = ["Mode", "QuantLinear", "compile", "install", "kernels", "mode", "quantized", "set_mode", "weight_bytes"]

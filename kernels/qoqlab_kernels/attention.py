@@ -172,7 +172,16 @@ def run(
         parts, grid = counters.view(torch.uint8), (-(-heads * form.group // 32), 1, 1)
     factor = scale * LOG2_E if softcap is None else scale * 2 * LOG2_E / softcap
     cap = 0.0 if softcap is None else softcap * LOG2_E
-    arguments = [query.contiguous(), cache.pool[layer], cache.tables, cache.layer_lengths(layer), slots, out, parts, counters]
+    arguments = [
+        query.contiguous(),
+        cache.pool[layer],
+        cache.tables,
+        cache.layer_lengths(layer),
+        slots,
+        out,
+        parts,
+        counters,
+    ]
     if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
         half, word = torch.uint16, torch.uint32
         dtypes = (half, torch.uint8, word, word, word, half, torch.uint8, word)

@@ -25,7 +25,7 @@ from qoqlab import reference
 from qoqlab.affine import Affine, quantize_per_token_s8
 from qoqlab.progressive import ProgressiveWeight
 
-from . import bench_elementwise, bench_kv4, cases, gemm, matmul, measure
+from . import bench_decode, bench_elementwise, bench_kv4, cases, gemm, matmul, measure
 from .layout import Activations, PackedWeight, pack_weight, tile_activations
 from .plan import Plan
 
@@ -345,6 +345,7 @@ def parse(arguments: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Time the kernels on this GPU.")
     commands = parser.add_subparsers(dest="what", required=True)
     command = commands.add_parser("gemm", help="the W4A8 GEMM on the linear layers of a model")
+    commands.add_parser("decode", help="a whole decode step beside fp16", add_help=False)  # see `main`
     commands.add_parser("kv4_decode", help="decode attention on the KV4 cache (its own options: kv4_decode --help)")
     command.add_argument("--shapes", default="llama-3-8b", choices=sorted(SHAPES), help="whose layers")
     command.add_argument("--m", default=",".join(map(str, cases.BATCHES)), help="numbers of tokens, separated by commas")
@@ -385,6 +386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["elementwise"]:
         return bench_elementwise.main(given[1:])
+    if given[:1] == ["decode"]:
+        return bench_decode.main(given[1:])
     if given[:1] == ["kv4_decode"]:
         return bench_kv4.main(given[1:])
     options, known = parse(given)

@@ -612,7 +612,17 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                         ahead = u32(ahead + u32(warps))
                         if ahead < end:
                             sequence_a, head_a, page_a, pages_a, line_a = skip(
-                                sequence_a, head_a, page_a, pages_a, line_a, u32(warps), lengths, slots, window, width, kv_heads
+                                sequence_a,
+                                head_a,
+                                page_a,
+                                pages_a,
+                                line_a,
+                                u32(warps),
+                                lengths,
+                                slots,
+                                window,
+                                width,
+                                kv_heads,
                             )
                             number_a = number(tables, line_a, page_a)
                     elif not bulk:
