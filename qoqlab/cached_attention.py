@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import exact
+from . import exact, reference
 from .kv import KVFormat
 from .paged import PAGE, PagedCache
 
@@ -147,10 +147,26 @@ class ReferenceAttention:
         """See `Attention`; positions say everything here."""
 
 
+class QuantizedOwnAttention(ReferenceAttention):
+    """`ReferenceAttention` whose decoded tokens see their own key and value as the cache has them: `KernelAttention`'s."""
+
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """See `Attention`."""
+        query, key, value = self._heads(layer, qkv, batch)
+        rows = []
+        for i, (sequence, position) in enumerate(zip(batch.sequences, batch.starts, strict=True)):
+            self.cache.append(layer, sequence, position, key[i : i + 1], value[i : i + 1])
+            first = 0 if window is None else max(0, position + 1 - window)
+            keys, values = self.cache.gather(layer, sequence, first, position + 1)
+            rows.append(reference.kv4_attention(query[i : i + 1], keys[None], values[None]))
+        return torch.cat(rows)
+
+
 class KernelAttention:
     """`Attention` on a GPU, by ``kernels``: the package ``qoqlab_kernels``.
 
-    A decoded token attends to its own key and value as the cache has them, quantised, unlike in `ReferenceAttention`.
+    A decoded token attends to its own key and value as the cache has them, quantised: its reference is
+    `QuantizedOwnAttention`.
     """
 
     def __init__(

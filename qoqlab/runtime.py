@@ -269,11 +269,11 @@ def compile(
             problem = arithmetic.kernel_problem(linear.quantized)
             if problem:
                 raise ValueError(f"q: the kernels cannot multiply by {block.name(role)}: {problem}")
-    package = kernels(place)
+    package = kernels(place) if torch.cuda.is_available() else None
     if package is None:
         raise RuntimeError(
-            f"device: {place}; an engine on a GPU needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, the kernels (pip "
-            f'install "qoqlab[cu13]", or cu12) and no {CHOICE}=reference'
+            f"device: {place}; an engine on a GPU needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, the kernels "
+            f'(pip install "qoqlab[cu13]", or cu12) and no {CHOICE}=reference'
         )
     if place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())

@@ -301,6 +301,9 @@ def test_models_that_an_engine_cannot_run_are_named(quantized) -> None:
         runtime.compile(torch.nn.Linear(2, 2), "cpu")
     with pytest.raises(ValueError, match="max_batch: expected a positive integer"):
         runtime.compile(quantized("llama", "qoq-g128"), "cpu", max_batch=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device: cuda; an engine on a GPU needs compute capability 8.0"):
+            runtime.compile(quantized("llama", "qoq-g128"))
     with pytest.raises(TypeError, match="dtype: expected one of"):
         runtime.compile(quantized("llama", "qoq-g128"), "cpu", dtype=torch.float64)
 

@@ -23,7 +23,10 @@ from qoqlab_kernels.plan import Plan
 
 from qoqlab import exact, reference
 from qoqlab.affine import Affine, quantize_per_token_s8
+from qoqlab.pipeline import quantize as quantize_model
 
+from ..families import build, cast_parameters
+from .engines import pair as engine_pair
 from .expected import product
 
 GUARD = 512  # elements of poison before and after an output
@@ -338,6 +341,27 @@ def fused_errors() -> dict:
     return {name: message_of(call) for name, call in calls.items()}
 
 
+# -- the engine -----------------------------------------------------------------------------------------------------------
+
+
+def engine_case(family: str) -> dict:
+    """A model of one layer on simulated kernels and on the reference: two prompts of different lengths, then a step. Largest
+    relative error of the prompts' logits and of the step's; whether both caches hold the same."""
+    model = build(family, hidden_size=128, head_dim=64, kv_heads=1, num_attention_heads=2, num_hidden_layers=1)
+    result = quantize_model(cast_parameters(model, torch.float16), "rtn-w4a8kv4-g128", progress=False)
+    engines = engine_pair(result, "cpu", torch.float16, (2, 70))
+    prefilled = [e.prefill([[1, 2, 3], [7]]) for e in engines]
+    steps = [e.decode(sequences, [5, 6]) for e, (sequences, _) in zip(engines, prefilled, strict=True)]
+
+    def error(got: torch.Tensor, want: torch.Tensor) -> float:
+        return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
+
+    fast, plain = (e.attend.cache for e in engines)
+    (a, _), (b, _) = (sequences for sequences, _ in prefilled)
+    same = map(torch.equal, fast.gather(0, a), plain.gather(0, b, 0, 4))
+    return {"prefill": error(*(logits for _, logits in prefilled)), "decode": error(*steps), "cache": all(same)}
+
+
 # -- what the tests must notice -------------------------------------------------------------------------------------------
 
 
@@ -497,6 +521,7 @@ FUNCTIONS = {
         spoilt_case,
         mutant_case,
         cluster_case,
+        engine_case,
         error_cases,
     )
 }
