@@ -7,7 +7,7 @@ import torch
 
 from qoqlab import load_text, load_tiny, quantize, runtime, tokens
 from qoqlab.attention import Mode
-from qoqlab.cached_attention import batch_of
+from qoqlab.cached_attention import Batch, batch_of
 from qoqlab.engine import Engine
 from qoqlab.pipeline import QuantizedModel
 
