@@ -14,19 +14,17 @@ import torch
 
 from . import affine, hadamard, kv, outliers, progressive, recipes, transforms
 from .evaluate import logits_sqnr_db
-from .exercises_methods import (
-    check_attention_scale as check_attention_scale,
-    check_best_ratio as check_best_ratio,
-    check_error_feedback as check_error_feedback,
-    check_fold_attention as check_fold_attention,
-    check_fold_rotation as check_fold_rotation,
-    check_hadamard as check_hadamard,
-    check_kv_bytes as check_kv_bytes,
-    check_optimal_clip_error as check_optimal_clip_error,
-    check_perplexity as check_perplexity,
-    check_reorder as check_reorder,
-    check_sqnr as check_sqnr,
-)
+from .exercises_methods import check_attention_scale as check_attention_scale
+from .exercises_methods import check_best_ratio as check_best_ratio
+from .exercises_methods import check_error_feedback as check_error_feedback
+from .exercises_methods import check_fold_attention as check_fold_attention
+from .exercises_methods import check_fold_rotation as check_fold_rotation
+from .exercises_methods import check_hadamard as check_hadamard
+from .exercises_methods import check_kv_bytes as check_kv_bytes
+from .exercises_methods import check_optimal_clip_error as check_optimal_clip_error
+from .exercises_methods import check_perplexity as check_perplexity
+from .exercises_methods import check_reorder as check_reorder
+from .exercises_methods import check_sqnr as check_sqnr
 from .grids import INT4, UINT4
 from .pipeline import quantize
 from .progress import passed

@@ -15,11 +15,11 @@ from .schemes import WeightFormat, WeightKind
 
 def check_attention_scale(scale: Callable[[torch.Tensor, float], torch.Tensor]) -> None:
     """``scale(key_max [D], alpha)`` -> lambda ``[D]``: equal on the RoPE pairs ``(i, i + D / 2)``, from the louder half."""
-    got = scale(torch.tensor([1.0, 1.0, 16.0, 1.0]), 0.5)
-    assert tuple(got.shape) == (4,), f"4 channels need 4 factors, got shape {list(got.shape)}"
-    got = [round(float(v), 4) for v in got]
+    factors = scale(torch.tensor([1.0, 1.0, 16.0, 1.0]), 0.5)
+    assert tuple(factors.shape) == (4,), f"4 channels need 4 factors, got shape {list(factors.shape)}"
+    got = [round(float(v), 4) for v in factors]
     assert got != [1, 1, 4, 1], (
-        "channel 2 is turned together with channel 0 (D / 2 = 2 apart); with different factors lambda does not pass through RoPE"
+        "channel 2 is turned together with channel 0 (D / 2 = 2 apart); with different factors lambda does not pass RoPE"
     )
     assert got != [1, 1, 4, 4], "neighbours are not partners here: RoPE pairs i with i + D / 2, so 0 with 2 and 1 with 3"
     assert got != [16, 1, 16, 1], "that is alpha = 1; raise the pair's largest magnitude to the power alpha"
@@ -93,8 +93,8 @@ def check_hadamard(matrix: Callable[[int], torch.Tensor]) -> None:
     )
     gram = got @ got.T
     assert torch.allclose(gram, torch.eye(4).double(), atol=1e-6), (
-        f"row 0 times row {int((gram[0].abs() > 1e-6).nonzero()[-1])} should be 0 and is not: the lower right block of every "
-        "doubling is *minus* the smaller matrix"
+        f"row 0 times row {int((gram[0].abs() > 1e-6).nonzero()[-1])} should be 0 and is not: the lower right block of "
+        "every doubling is *minus* the smaller matrix"
     )
     got = matrix(64).double()
     assert torch.allclose(got, hadamard.hadamard(64), atol=1e-6), (
@@ -138,7 +138,7 @@ def check_fold_rotation(fold: Callable[..., tuple[torch.Tensor, torch.Tensor]]) 
 
 
 def check_reorder(reorder: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-    """``reorder(gate [I, K], up [I, K], down [N, I], activation_max [I])`` -> the three, loudest channel of down's input last."""
+    """``reorder(gate [I, K], up [I, K], down [N, I], activation_max [I])`` -> the three, loudest input of down last."""
     generator = torch.Generator().manual_seed(0)
     gate, up, down = (torch.randn(*shape, generator=generator) for shape in ((4, 3), (4, 3), (2, 4)))
     loud = torch.tensor([9.0, 1.0, 4.0, 2.0])
@@ -161,7 +161,7 @@ def check_reorder(reorder: Callable[..., tuple[torch.Tensor, torch.Tensor, torch
 
 
 def check_best_ratio(best: Callable[[torch.Tensor, torch.Tensor, list[float]], float]) -> None:
-    """``best(row [K], inputs [S, K], ratios)`` -> the ratio with the smallest squared error of the *output* ``inputs @ row``.
+    """``best(row [K], inputs [S, K], ratios)`` -> the ratio with the smallest squared error of ``inputs @ row``.
 
     The range is ``ratio * max|row|`` on either side, with 7 steps up and 7 down: ``step = ratio * max|row| / 7``, codes
     rounded and clamped to -7..7. Of equally good ratios the first wins.
@@ -172,8 +172,8 @@ def check_best_ratio(best: Callable[[torch.Tensor, torch.Tensor, list[float]], f
     loud = torch.tensor([[5.0, 1.0, -1.0, 1.0], [3.0, 0.5, 1.0, 0.2]])
     got = float(best(row, quiet, ratios))
     assert got != 1.0, (
-        "input 0 is always 0 here, so the large weight may be clipped as far as you like; you measured the weights' error, or "
-        "chose the ratio 1 for another reason"
+        "input 0 is always 0 here, so the large weight may be clipped as far as you like; you measured the weights' error, "
+        "or chose the ratio 1 for another reason"
     )
     assert got == 0.1, f"only the small weights are heard, and a step of 0.1 hits them exactly: ratio 0.1, got {got:g}"
     got = float(best(row, loud, ratios))
@@ -205,7 +205,7 @@ def check_error_feedback(feedback: Callable[[list[float], list[list[float]]], li
     assert got == [0, 1], f"the second weight becomes 0.4 + 0.4 * 0.9 / 1.0 = 0.76, so [0, 1], got {got}"
     got = list(feedback([0.4, 0.4], [[1.0, 2.0], [2.0, 40.0]]))
     assert got == [0, 0], (
-        f"the second input is loud, so it takes only H01 / H11 = 2 / 40 of the error: 0.42 rounds to 0; expected [0, 0], got {got}"
+        f"the second input is loud, so it takes only H01 / H11 = 2 / 40 of the error: 0.42 rounds to 0, got {got}"
     )
     got = list(feedback([1.6, -0.3], [[1.0, -0.9], [-0.9, 1.0]]))
     assert got == [2, 0], (
@@ -243,7 +243,7 @@ def check_optimal_clip_error(error: Callable[[torch.Tensor, float], tuple[float,
 
 
 def check_perplexity(perplexity: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
-    """``perplexity(logits [T, V], ids [T])`` -> perplexity of a text whose token t + 1 is predicted by row t of the logits."""
+    """``perplexity(logits [T, V], ids [T])`` -> perplexity of a text whose token t + 1 is predicted by row t."""
     certain = torch.full((3, 4), -30.0)
     ids = torch.tensor([0, 2, 1])
     certain[0, 2] = certain[1, 1] = 30.0

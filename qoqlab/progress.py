@@ -1,4 +1,4 @@
-"""A student's progress: what the notebooks of a folder say about their exercises. Reads saved files, sends nothing anywhere."""
+"""A student's progress: what a folder's notebooks say about their exercises. Reads saved files, sends nothing anywhere."""
 
 from __future__ import annotations
 

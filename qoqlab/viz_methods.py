@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -92,7 +93,7 @@ def error_curves(
         margin={"l": 70, "r": 30, "t": 96, "b": 60},
     )
     axis = _log_axis([torch.tensor([v for values in curves.values() for v in values], dtype=torch.float64)])
-    low, high = axis["range"]  # type: ignore[misc]
+    low, high = cast(list[float], axis["range"])
     axis["range"] = [low - 0.08 * (high - low), high]  # room for the number under a star
     return figure.update_yaxes(**axis)
 
