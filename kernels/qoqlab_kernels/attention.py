@@ -43,7 +43,11 @@ class AttentionPlan:
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
     """The plan for a GPU with so many bytes of shared memory for a block and for a multiprocessor (1 KB a block is the
     driver's): two blocks on each multiprocessor if two stages of theirs fit, else one."""
-    wanted, each, fixed = max(2, WARP_BYTES // form.layout.bytes), WARPS * (form.layout.bytes + 8), Ring(form, WARPS, 0).total
+    wanted, each, fixed = (
+        max(2, WARP_BYTES // form.layout.bytes),
+        WARPS * (form.layout.bytes + 8),
+        Ring(form, WARPS, 0).total,
+    )
     for residents in (2, 1):
         limit = min(per_block, per_processor // residents - 1024)
         stages = min(wanted, (limit - fixed) // each)
@@ -173,7 +177,16 @@ def run(
         parts, grid = counters.view(torch.uint8), (-(-heads * form.group // 32), 1, 1)
     factor = scale * LOG2_E if softcap is None else scale * 2 * LOG2_E / softcap
     cap = 0.0 if softcap is None else softcap * LOG2_E
-    arguments = [query.contiguous(), cache.pool[layer], cache.tables, cache.layer_lengths(layer), slots, out, parts, counters]
+    arguments = [
+        query.contiguous(),
+        cache.pool[layer],
+        cache.tables,
+        cache.layer_lengths(layer),
+        slots,
+        out,
+        parts,
+        counters,
+    ]
     if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
         half, word = torch.uint16, torch.uint32
         dtypes = (half, torch.uint8, word, word, word, half, torch.uint8, word)

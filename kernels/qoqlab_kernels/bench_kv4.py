@@ -2,8 +2,8 @@
 
     python -m qoqlab_kernels.bench kv4_decode --json data/benchmarks/kv4_decode.json
 
-Every result is compared with an fp32 reference on the dequantised cache before it is timed and after. Peers are torch's flash
-and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries (``enable_gqa``), and with the
+Every result is compared with an fp32 reference on the dequantised cache before it is timed and after. Peers are torch's
+flash and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries (``enable_gqa``), and with the
 query group as the sequence of queries, which is the same product without masking and what serving libraries do.
 """
 

@@ -17,8 +17,8 @@ w is rounded to fp16 for the tensor cores, p relative to the largest score of it
 (a power of two), so w lies in [0, 2) with its largest element near 1 whatever the context's length: nothing underflows that
 counts. The same rounded w multiplies codes and zeros. Every page's product is added to fp32 accumulators on its own.
 
-Work. The flat list of (sequence, KV head, page) is cut into equal runs, one a block; a block's warps take pages by turns, each
-through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory when it
+Work. The flat list of (sequence, KV head, page) is cut into equal runs, one a block; a block's warps take pages by turns,
+each through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory when it
 ends. A (sequence, head) that several blocks share is merged by whichever comes last, always in the order of blocks, so
 results repeat bit for bit.
 """
@@ -256,6 +256,14 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
     score_words, weight_words = tiles * 4 * token_tiles, tiles * 2 * token_tiles
 
     @device
+    def prepare(barriers, lane):
+        """The barriers of a warp's stages."""
+        if lane == u32(0):
+            for s in range(stages):
+                ptx.barrier_init(barriers + u32(8 * s), u32(1))
+            ptx.barrier_fence()
+
+    @device
     def issue(pool, page, head, kv_heads, to, barrier, lane):
         """Start to fetch a chunk."""
         source = ptx.address(pool) + (u64(page) * u64(kv_heads) + u64(head)) * u64(chunk_bytes)
@@ -401,10 +409,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
         words, buffers = base + u32(words_at), base + u32(warp * u32(stages * chunk_bytes))
         barriers = base + u32(barriers_at) + u32(warp * u32(8 * stages))
         if bulk:
-            if lane == u32(0):
-                for s in range(stages):
-                    ptx.barrier_init(barriers + u32(8 * s), u32(1))
-                ptx.barrier_fence()
+            prepare(barriers, lane)
         if overlap:
             ptx.wait_for_previous_kernel()
             ptx.allow_next_kernel()
@@ -612,7 +617,17 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                         ahead = u32(ahead + u32(warps))
                         if ahead < end:
                             sequence_a, head_a, page_a, pages_a, line_a = skip(
-                                sequence_a, head_a, page_a, pages_a, line_a, u32(warps), lengths, slots, window, width, kv_heads
+                                sequence_a,
+                                head_a,
+                                page_a,
+                                pages_a,
+                                line_a,
+                                u32(warps),
+                                lengths,
+                                slots,
+                                window,
+                                width,
+                                kv_heads,
                             )
                             number_a = number(tables, line_a, page_a)
                     elif not bulk:
@@ -625,9 +640,9 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                 part = base + u32(parts_at) + u32(warp * u32(group * row_bytes))
                 for n in range(tiles):
                     for h in range(2):
-                        l, z = totals[2 * n + h], zeros[2 * n + h]
+                        mass, z = totals[2 * n + h], zeros[2 * n + h]
                         for k in range(2, 5):
-                            l, z = l + exchange(l, 1 << k), z + exchange(z, 1 << k)
+                            mass, z = mass + exchange(mass, 1 << k), z + exchange(z, 1 << k)
                         r = u32(u32(8 * n + h) + q * u32(2))
                         if r < u32(group):
                             to = part + r * u32(row_bytes)
@@ -637,7 +652,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                                 ptx.sts1(to + u32(64 * j + 32) + g * u32(4), word_of(acc[i + 2] - z))
                             if g == u32(0):
                                 ptx.sts1(to + u32(4 * d), word_of(largest[2 * n + h]))
-                                ptx.sts1(to + u32(4 * d + 4), word_of(l))
+                                ptx.sts1(to + u32(4 * d + 4), word_of(mass))
                 cuda.syncthreads()
                 whole = u32(stop - unit) == pages
                 for item in range(thread, u32(group * quads), u32(threads)):
@@ -646,23 +661,23 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                     top = f32(LOWEST)
                     for w in range(warps):
                         top = ptx.maximum(top, shared_float(place + u32(w * group * row_bytes + 4 * d)))
-                    l = o0 = o1 = o2 = o3 = f32(0.0)
+                    mass = o0 = o1 = o2 = o3 = f32(0.0)
                     for w in range(warps):
                         theirs = place + u32(w * group * row_bytes)
                         f = ptx.exp2(shared_float(theirs + u32(4 * d)) - top)
-                        l = ptx.fuse(f, shared_float(theirs + u32(4 * d + 4)), l)
+                        mass = ptx.fuse(f, shared_float(theirs + u32(4 * d + 4)), mass)
                         four = ptx.lds4(theirs + quad * u32(16))
                         o0, o1 = ptx.fuse(f, ptx.as_float(four[0]), o0), ptx.fuse(f, ptx.as_float(four[1]), o1)
                         o2, o3 = ptx.fuse(f, ptx.as_float(four[2]), o2), ptx.fuse(f, ptx.as_float(four[3]), o3)
                     if whole:
                         to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
-                        write_row(to_out, l, o0, o1, o2, o3)
+                        write_row(to_out, mass, o0, o1, o2, o3)
                     else:
                         spot = u64(u32(u32(worker * u32(2) + side) * u32(group) + r)) * u64(row_bytes)
                         to_part = ptx.address(partials) + spot
                         ptx.stg4(to_part + u64(quad * u32(16)), word_of(o0), word_of(o1), word_of(o2), word_of(o3))
                         if quad == u32(0):
-                            ptx.stg4(to_part + u64(4 * d), word_of(top), word_of(l), u32(0), u32(0))
+                            ptx.stg4(to_part + u64(4 * d), word_of(top), word_of(mass), u32(0), u32(0))
                 if not whole:
                     cuda.syncthreads()
                     last_unit = u32(head_first + u32(pages - u32(1)))
@@ -677,11 +692,11 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                     if ptx.lds1(flag) == u32(last_worker - first_worker):
                         for item in range(thread, u32(group * quads), u32(threads)):
                             r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
-                            o0, o1, o2, o3, l = merge_rows(
+                            o0, o1, o2, o3, mass = merge_rows(
                                 quad, r, first_worker, last_worker, partials, quotient, remainder, head_first
                             )
                             to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
-                            write_row(to_out, l, o0, o1, o2, o3)
+                            write_row(to_out, mass, o0, o1, o2, o3)
                         if thread == u32(0):
                             ptx.stg1(counter, u32(0))  # ready for the next launch
                 cuda.syncthreads()  # the rows and the flag may be written again

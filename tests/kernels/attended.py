@@ -1,4 +1,4 @@
-"""Decode attention on a KV4 cache: caches to attend to, and what must come out. Shared by the simulator's tests and the GPU's."""
+"""Decode attention on a KV4 cache: what to attend to, and what must come out. For the simulator's tests and the GPU's."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_double_free_changes_nothing() -> None:
     pages = a.take(3)
     a.drop(pages[:1])
     for bad in (pages[:1], pages, [pages[1], pages[1]]):
-        with pytest.raises(ValueError, match="page: .* cannot be dropped"):
+        with pytest.raises(ValueError, match=r"page: .* cannot be dropped"):
             a.drop(bad)
     assert [a.holders(page) for page in pages] == [0, 1, 1] and a.free == 2
 
