@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,24 +43,19 @@ class AttentionPlan:
 
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
     """The plan for a GPU with so many bytes of shared memory for a block and for a multiprocessor (1 KB a block is the
-    driver's): two blocks on each multiprocessor if two stages of theirs fit, else one."""
-    wanted, each, fixed = (
-        max(2, WARP_BYTES // form.layout.bytes),
-        WARPS * (form.layout.bytes + 8),
-        Ring(form, WARPS, 0).total,
-    )
-    for residents in (2, 1):
+    driver's): two blocks on each multiprocessor if two stages of theirs fit, else one, of fewer warps if need be."""
+    wanted, hopper = max(2, WARP_BYTES // form.layout.bytes), capability >= (9, 0)
+    for residents, warps in ((2, WARPS), (1, WARPS), (1, WARPS // 2)):
         limit = min(per_block, per_processor // residents - 1024)
-        stages = min(wanted, (limit - fixed) // each)
+        stages = min(wanted, (limit - Ring(form, warps, 0).total) // (warps * (form.layout.bytes + 8)))
         if stages >= residents:
-            hopper = capability >= (9, 0)
-            return AttentionPlan("v4", WARPS, stages, hopper, processors * residents, hopper)
+            return AttentionPlan("v4", warps, stages, hopper, processors * residents, hopper)
     raise ValueError(f"page_size: pages of {form.page_size} tokens do not fit in {per_block} bytes of shared memory")
 
 
 @functools.cache
 def _plan(form: Form, index: int) -> AttentionPlan:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
     if capability < (8, 0):
         raise RuntimeError(f"kv4_attention: compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed")

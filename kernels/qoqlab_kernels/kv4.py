@@ -18,9 +18,9 @@ w is rounded to fp16 for the tensor cores, p relative to the largest score of it
 counts. The same rounded w multiplies codes and zeros. Every page's product is added to fp32 accumulators on its own.
 
 Work. The flat list of (sequence, KV head, page) is cut into equal runs, one a block; a block's warps take pages by turns,
-each through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory when it
-ends. A (sequence, head) that several blocks share is merged by whichever comes last, always in the order of blocks, so
-results repeat bit for bit.
+each through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory
+when it ends. A (sequence, head) that several blocks share is merged by whichever comes last, always in the order of blocks,
+so results repeat bit for bit.
 """
 
 from __future__ import annotations

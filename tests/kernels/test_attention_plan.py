@@ -30,8 +30,8 @@ def test_every_plan_fits(limits: tuple, dim: int, group: int, page_size: int) ->
 
 
 def test_pages_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="page_size: pages of 128 tokens do not fit in 49152 bytes"):
-        plan_for(Form(128, 4, 128), (8, 0), 1, 49152, 65536)
+    with pytest.raises(ValueError, match="page_size: pages of 128 tokens do not fit in 32768 bytes"):
+        plan_for(Form(128, 4, 128), (8, 0), 1, 32768, 65536)
 
 
 def test_bytes_of_a_point() -> None:
