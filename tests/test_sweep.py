@@ -114,7 +114,8 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
     failed = table[table.error.notna()]
     assert failed[["x", "y"]].to_numpy().tolist() == [[2, 20]]
     assert failed.error.item() == "ArithmeticError: two by twenty"
-    assert "in function" in failed.traceback.item() and "raise ArithmeticError" in failed.traceback.item()
+    # no source line: cloudpickle 3.1.3 and later ship a function without the name of its file
+    assert "in function" in failed.traceback.item() and "ArithmeticError: two by twenty" in failed.traceback.item()
     assert table.result.dropna().tolist() == [10, 20, 20, 30, 60] and len(calls()) == 6
 
 
