@@ -46,12 +46,17 @@ def resolve(methods: str | Iterable[str | Recipe]) -> list[Recipe]:
     """Recipes from preset names, recipes, or the name of a suite: "paper" (every method of the paper's tables) or "ladder"
     (its ablation study).
 
-    Raises ValueError for an empty list, a name that does not exist, or two recipes of one name.
+    Raises TypeError for other things, ValueError for an empty list, a name that does not exist, or two recipes of one name.
     """
     if isinstance(methods, str):
         chosen = presets.suite(methods)
+    elif not isinstance(methods, Iterable):
+        raise TypeError(f"recipes: expected a suite's name or a list, got {type(methods).__name__}")
     else:
         chosen = [presets.get(method) if isinstance(method, str) else method for method in methods]
+    for recipe in chosen:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipes: expected presets' names or Recipes, got {type(recipe).__name__}")
     names = [recipe.name for recipe in chosen]
     if not chosen or len(set(names)) < len(names):
         raise ValueError(f"recipes: expected one or more, each name once, got {', '.join(names) or 'none'}")
@@ -137,7 +142,7 @@ def compare(
     stored value with scales and zeros, ``weight_mb`` of the whole model, ``kv_bytes_per_token``, ``seconds`` to quantise.
     `qoqlab.viz.comparison` draws it.
 
-    Raises ValueError or TypeError for unknown recipes, no recipes, or tokens outside the vocabulary.
+    Raises ValueError or TypeError for unknown recipes, no recipes, an unsupported model, or tokens outside the vocabulary.
     """
     chosen = resolve(recipes)
     models = dict(model) if isinstance(model, Mapping) else {"model": model}
@@ -145,7 +150,7 @@ def compare(
     if not models or not tests:
         raise ValueError("model, test: expected at least one of each")
     for network in models.values():
-        vocabulary = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = describe(network).embedding.num_embeddings
         require_ids("calibration", calibration, vocabulary)
         for text, ids in tests.items():
             require_ids(f"test {text!r}", ids, vocabulary)

@@ -39,11 +39,11 @@ from .grids import INT8, UINT4, Grid, Zero
 from .pipeline import REPORT_COLUMNS, QuantizedModel
 from .progressive import FirstLevel, ProgressiveWeight
 from .qserve_format import require_representable
-from .rebuild import fill, take, take_bias
+from .rebuild import fill
 from .recipes import Recipe
 from .reference import QuantizedWeight
 from .schemes import Scheme, WeightFormat, WeightKind
-from .tensorfile import CheckpointError, read_json
+from .tensorfile import CheckpointError, read_json, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ def _replacement(
         shapes[_ZEROS[form.zero]] = form.groups(k)
     parts = {part: _take_scales(scales, f"{name}.weight.{part}", n, groups) for part, groups in shapes.items()}
     weight = weight_of(take(state, f"{name}.weight", (n, k), None), parts, form, offset)
-    return runtime.QuantLinear(weight, take_bias(state, name, linear), scheme.activations)
+    return runtime.QuantLinear(weight, runtime.take_bias(state, name, linear), scheme.activations)
 
 
 def _take_scales(scales: MutableMapping[str, torch.Tensor], name: str, n: int, groups: int) -> torch.Tensor:

@@ -23,16 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import nn
 
-from . import online, runtime
+from . import runtime
 from .architecture import describe
 from .compressed_tensors import Layout, export_compressed_tensors
 from .deepcompressor import export_deepcompressor, import_deepcompressor
 from .pipeline import REPORT_COLUMNS, QuantizedModel
 from .qserve_format import Engine, export_qserve, import_qserve
-from .rebuild import ROTARY, empty_model, fill, recipe_from_json, recipe_to_json, take, take_bias
-from .schemes import Scheme
+from .rebuild import ROTARY, empty_model, fill, recipe_from_json, recipe_to_json
 from .tensorfile import (
     NAMES,
     CheckpointError,
@@ -145,7 +143,8 @@ def load(folder: str | os.PathLike[str]) -> QuantizedModel:
             raise CheckpointError(f"{file.path}: tensor {ROTARY} is missing")
         tensors = manifest["weights"].get("tensors")
         state = LazyTensors([file], tensors and {name: entry["sha256"] for name, entry in tensors.items()})
-        fill(model, state, recipe.scheme, functools.partial(_replacement, state, recipe.scheme), file.path)
+        replacement = functools.partial(runtime.layer_from, state, scheme=recipe.scheme)
+        fill(model, state, recipe.scheme, replacement, file.path)
     return QuantizedModel(model, recipe, report)
 
 
@@ -198,16 +197,3 @@ def _without_digest(entry: Any) -> Any:
     if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
         return None
     return {key: value for key, value in entry.items() if key != "sha256"}
-
-
-def _replacement(state: LazyTensors, scheme: Scheme, name: str, linear: nn.Linear) -> nn.Module | None:
-    """The layer that stood for a linear when the checkpoint was saved."""
-    transform = online.take(state, name, linear.in_features)  # type: ignore[arg-type]
-    form = scheme.weights
-    if form is None:
-        return None if transform is None else online.OnlineLinear(linear, transform)
-    n, k = linear.out_features, linear.in_features
-    if k % form.multiple:
-        raise ValueError(f"{n}x{k} is not divisible into groups of {form.multiple} along K")
-    parts = {part: take(state, f"{name}.{part}", *expected) for part, expected in form.layout(n, k).items()}
-    return runtime.QuantLinear(form.unpack(parts), take_bias(state, name, linear), scheme.activations, transform)

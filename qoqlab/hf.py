@@ -14,6 +14,14 @@ from .kv import Keys, KVFormat, QuantizedKV, dequantize_windows
 from .packing import pack_u4, unpack_u4
 
 
+def _stored_format(grid: Grid | KVFormat) -> tuple[KVFormat, Grid]:
+    """The format that ``grid`` stands for, and its grid. Raises TypeError or ValueError where there is nothing to store."""
+    form = KVFormat.of(grid, "grid")
+    if form is None or form.grid is None:
+        raise ValueError(f"grid: expected a Grid or a KVFormat with a grid, got {grid!r}")
+    return form, form.grid
+
+
 class KV4Layer(DynamicLayer):
     """One layer's keys and values as packed 4-bit codes, quantised once, on arrival, per token and head.
 
@@ -23,10 +31,7 @@ class KV4Layer(DynamicLayer):
 
     def __init__(self, grid: Grid | KVFormat = UINT4) -> None:
         super().__init__()
-        form = KVFormat.of(grid)
-        if form is None or form.grid is None:
-            raise ValueError(f"grid: expected a Grid or a KVFormat with a grid, got {grid!r}")
-        self.form, self.grid = form, form.grid
+        self.form, self.grid = _stored_format(grid)
         self.stored: dict[str, QuantizedKV] = {}
         #: with scales per key channel: exact keys [B, H, < window, D] of the window that is not complete yet
         self.waiting: torch.Tensor | None = None
@@ -118,9 +123,12 @@ class KV4Cache(Cache):
     scale keys per channel. One that rotates keys needs a quantised model, whose attention rotates queries too.
 
     With a quantised model `qoqlab.generate` chooses it, and integer linears, by itself.
+
+    Raises TypeError for anything but a grid or a format, ValueError for one that stores nothing or a signed grid.
     """
 
     def __init__(self, grid: Grid | KVFormat = UINT4) -> None:
+        _stored_format(grid)  # layers are made when the model is first run, too late for an error
         super().__init__(layer_class_to_replicate=functools.partial(KV4Layer, grid))  # type: ignore[arg-type]
 
     def storage_bytes(self) -> int:

@@ -24,7 +24,7 @@ from .formats import recipe_from_json, recipe_to_json
 from .offload import MappedTensors
 from .pipeline import REPORT_COLUMNS, QuantizedModel, needs_calibration, quantize
 from .recipes import Recipe
-from .resume import layer_from
+from .runtime import layer_from
 from .tensorfile import CheckpointError, digest_of_tensor
 
 METHOD = "qoq"
@@ -180,13 +180,15 @@ def _make_room(model: nn.Module, config: QoQConfig, files: tuple[str, ...]) -> N
             name, linear = block.name(role), block.linear(role)
             n, k = linear.out_features, linear.in_features
             parts = {key: stored[key] for key in (f"{name}.online.hadamard", f"{name}.online.order") if key in stored}
-            bias: torch.Tensor | None = linear.bias
             if recipe.scheme.weights is not None:
                 layout = recipe.scheme.weights.layout(n, k)
                 parts |= {f"{name}.{part}": torch.empty(s, dtype=d, device="meta") for part, (s, d) in layout.items()}
-                # biases stay in the precision that blocks are quantised in
-                bias = bias if bias is None else torch.empty(n, dtype=torch.float32 if half else bias.dtype, device="meta")
-            block.set_linear(role, layer_from(parts, name, linear, recipe.scheme, bias))
+                if linear.bias is not None:  # biases stay in the precision that blocks are quantised in
+                    dtype = torch.float32 if half else linear.bias.dtype
+                    parts[f"{name}.bias"] = torch.empty(n, dtype=dtype, device="meta")
+            layer = layer_from(parts, name, linear, recipe.scheme)
+            if layer is not None:
+                block.set_linear(role, layer)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()  # type: ignore[union-attr]
     lacking = [name for name in model.state_dict() | config.digests if name not in stored and name not in tied]
     if files and lacking:  # without files the caller has passed a state dict

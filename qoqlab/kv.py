@@ -104,8 +104,13 @@ class KVFormat:
         require_ratio(self.ratio)
 
     @classmethod
-    def of(cls, kv: Grid | KVFormat | None) -> KVFormat | None:
-        """The format that a grid alone stands for; formats and None pass."""
+    def of(cls, kv: Grid | KVFormat | None, name: str = "kv") -> KVFormat | None:
+        """The format that a grid alone stands for; formats and None pass.
+
+        Raises TypeError for anything else and ValueError for a signed grid, naming the argument ``name``.
+        """
+        if kv is not None and not isinstance(kv, Grid | KVFormat):
+            raise TypeError(f"{name}: expected a Grid, a KVFormat or None, got {kv!r}")
         return cls(kv) if isinstance(kv, Grid) else kv
 
     def bits_per_value(self, head_dim: int) -> float:

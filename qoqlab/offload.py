@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,27 @@ def settle(block: Block, residence: Residence) -> None:
     home = residence.storage.home if residence.storage else residence.home
     if home is not None:
         block.layer.to(home)
+
+
+@contextmanager
+def ends_at_work(model: nn.Module, residence: Residence) -> Iterator[None]:
+    """What surrounds the blocks on the device that works on them, for as long as it is run or a step changes it."""
+    storage = residence.storage
+    if storage is None or storage.device == storage.home:
+        yield
+        return
+    architecture = describe(model)
+    rotary = model.get_submodule("model.rotary_emb")
+    ends = (architecture.embedding, architecture.final_norm, architecture.head, rotary)
+    try:
+        for module in ends:
+            module.to(storage.device)
+        yield
+    finally:
+        for module in ends:
+            module.to(storage.home)
+        if model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            architecture.head.weight = architecture.embedding.weight  # moving made two of one
 
 
 def leave(model: nn.Module, residence: Residence) -> None:

@@ -7,6 +7,8 @@ none, which is one of its points; QuaRot and Atom do.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import nn
 
@@ -76,8 +78,9 @@ def of(linear: nn.Module) -> Online | None:
     return getattr(linear, "online", None)
 
 
-def take(state: dict[str, torch.Tensor], name: str, columns: int) -> Online | None:
-    """Remove and rebuild the online transform of layer ``name`` with ``columns`` inputs from a state dict, if it has one.
+def take(state: MutableMapping[str, torch.Tensor], name: str, columns: int) -> Online | None:
+    """Remove and rebuild the online transform of layer ``name`` with ``columns`` inputs from a state dict, if there
+    is one.
 
     Raises ValueError for tensors that do not describe one.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import attention, capture, offload, recipes, runtime
+from . import attention, capture, offload, recipes, runtime, transforms
 from .architecture import Block, clone, describe, own, replace_parameter, require_finite_weights
 from .capture import Batch
 from .checks import require_finite
@@ -123,16 +123,18 @@ def quantize(
             own(model, original)
         return QuantizedModel(model, recipe, pd.DataFrame(columns=REPORT_COLUMNS))
     attention.install(model)
-    batches = [] if calibration is None else capture.first_inputs(model, calibration)
+    with offload.ends_at_work(model, residence):
+        batches = [] if calibration is None else capture.first_inputs(model, calibration)
     rows: list[dict[str, object]] = []
     bar = functools.partial(tqdm, desc=recipe.name, unit="block", disable=not progress)
     for block in (progress if callable(progress) else bar)(architecture.blocks):
         offload.fetch(block, residence)
         batches = _quantize_block(block, batches, recipe, rows if report else None, journal)
         offload.settle(block, residence)
-    for step in recipe.steps:
-        if hasattr(step.function, "prepare"):
-            step.function.prepare(architecture)
+    with offload.ends_at_work(model, residence):
+        for step in recipe.steps:
+            if hasattr(step.function, "prepare"):
+                step.function.prepare(architecture)
     offload.leave(model, residence)
     if not inplace:
         own(model, original)
@@ -245,18 +247,18 @@ def peak_bytes(hidden: int, intermediate: int, kv_width: int, tokens: int, gptq:
     """What `quantize` holds beside the model's own weights, in bytes, for a geometry and a number of calibration tokens.
 
     ``block``: one block in fp32, exact, being transformed and dequantised; ``activations``: the block's fp32 inputs and
-    outputs for all tokens; ``workspace``: temporaries of a transform of the largest weight in fp64; ``gptq``: the four
-    Hessians and the factorisation of the largest; ``total``. Query width is taken as ``hidden``. Measured beside it on an
-    8B geometry: ``data/benchmarks/peak_memory.json``.
+    outputs for all tokens; ``workspace``: temporaries of a transform of the largest weight, partly in fp64; ``gptq``: the
+    four Hessians and the factorisation of the largest; ``total``. Query width is taken as ``hidden``. Measured beside it on
+    an 8B geometry: ``data/benchmarks/peak_memory.json``.
 
-    >>> round(peak_bytes(4096, 14336, 1024, 128 * 1024)["total"] / 2**30, 1)
-    8.6
+    >>> round(peak_bytes(4096, 14336, 1024, 128 * 1024)["total"] / 2**30, 2)
+    7.25
     """
     weights = hidden * (2 * hidden + 2 * kv_width + 3 * intermediate)
     parts = {
         "block": 3 * 4 * weights,
         "activations": 2 * 4 * tokens * hidden,
-        "workspace": 5 * 8 * hidden * intermediate,
+        "workspace": 12 * hidden * intermediate + 5 * 8 * transforms.CHUNK,
         "gptq": gptq * 4 * (3 * hidden**2 + 5 * intermediate**2),
     }
     return {**parts, "total": sum(parts.values())}

@@ -40,11 +40,11 @@ from .kv import KVFormat
 from .packing import ScaleOrder
 from .pipeline import REPORT_COLUMNS, QuantizedModel
 from .progressive import FirstLevel, ProgressiveWeight
-from .rebuild import fill, take, take_bias
+from .rebuild import fill
 from .recipes import Recipe
 from .reference import QuantizedWeight
 from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind
-from .tensorfile import CheckpointError, read_json
+from .tensorfile import CheckpointError, read_json, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -302,7 +302,7 @@ def _replacement(
     if linear.bias is not None and name.endswith(LINEARS["o"]) and f"{name}.bias" not in state:
         bias: torch.Tensor | None = torch.zeros(n, dtype=torch.float16)  # QServe's are zero unless the file says otherwise
     else:
-        bias = take_bias(state, name, linear)
+        bias = runtime.take_bias(state, name, linear)
     assert isinstance(scheme.activations, Grid | ActivationFormat)
     return runtime.QuantLinear(weight_of(parts, form, order), bias, scheme.activations)
 

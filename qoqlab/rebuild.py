@@ -16,7 +16,7 @@ from . import attention, steps
 from .architecture import LINEARS, SUPPORTED, describe
 from .recipes import Recipe, Step
 from .schemes import Scheme, scheme_from_json, scheme_to_json
-from .tensorfile import CheckpointError, LazyTensors
+from .tensorfile import CheckpointError, take
 
 ROTARY = "model.rotary_emb.inv_freq"
 #: Entries of a configuration that name code to load or kernels to fetch; quantised models bring their own attention.
@@ -79,31 +79,6 @@ def empty_model(architecture: object, config: dict[str, Any], names: Iterable[st
     if count > 2 * size:
         raise ValueError(f"config: describes {count} parameters, the tensors there are hold at most {2 * size}")
     return model
-
-
-def take(
-    state: MutableMapping[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype | None
-) -> torch.Tensor:
-    """Remove and return a tensor, checking what it is before it is read; ``dtype=None`` takes any floating-point type.
-
-    Raises KeyError where it is missing, ValueError where it is something else.
-    """
-    if name not in state:
-        raise KeyError(f"tensor {name} is missing")
-    if isinstance(state, LazyTensors):
-        has_dtype, has_shape = state.describe(name)
-    else:
-        has_dtype, has_shape = state[name].dtype, tuple(state[name].shape)
-    fits = has_dtype.is_floating_point if dtype is None else has_dtype == dtype
-    if has_shape != shape or not fits:
-        expected = "float" if dtype is None else dtype
-        raise ValueError(f"tensor {name}: expected {expected} {list(shape)}, got {has_dtype} {list(has_shape)}")
-    return state.pop(name)
-
-
-def take_bias(state: MutableMapping[str, torch.Tensor], name: str, linear: nn.Linear) -> torch.Tensor | None:
-    """A bias of any floating-point type, where the architecture has one (another one stays, and is refused later)."""
-    return None if linear.bias is None else take(state, f"{name}.bias", (linear.out_features,), None)
 
 
 def fill(

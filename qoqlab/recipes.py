@@ -47,6 +47,10 @@ class Recipe:
     source: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.source, str):
+            raise TypeError(f"name, source: expected strings, got {self.name!r} and {self.source!r}")
+        if not isinstance(self.scheme, Scheme):
+            raise TypeError(f"scheme: expected a Scheme, got {self.scheme!r}")
         for step in self.steps:
             if not isinstance(step, Step):
                 raise TypeError(f"steps: expected Step(function, parameters), got {type(step).__name__}")

@@ -12,14 +12,13 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import attention, online, runtime
+from . import attention, runtime
 from .architecture import LINEARS, Block
 from .recipes import Recipe
 from .schemes import Scheme, scheme_to_json
@@ -29,29 +28,6 @@ MANIFEST = "run.json"
 SCHEMA = 1
 #: Entries of a model's configuration that differ between equal models.
 _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version")
-
-
-def layer_from(
-    parts: MutableMapping[str, torch.Tensor], name: str, linear: nn.Linear, scheme: Scheme, bias: torch.Tensor | None
-) -> nn.Module:
-    """The quantised layer that stands for ``linear``, from tensors ``{name}.codes`` and so on, which are taken out.
-
-    Raises KeyError for tensors that are missing, ValueError for shapes or dtypes other than the scheme's.
-    """
-    n, k = linear.out_features, linear.in_features
-    transform = online.take(parts, name, k)  # type: ignore[arg-type]
-    if scheme.weights is None:
-        return linear if transform is None else online.OnlineLinear(linear, transform)
-    taken = {}
-    for part, (shape, dtype) in scheme.weights.layout(n, k).items():
-        tensor = parts.pop(f"{name}.{part}", None)
-        if tensor is None:
-            raise KeyError(f"tensor {name}.{part} is missing")
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            got = f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"tensor {name}.{part}: expected {dtype} {list(shape)}, got {got}")
-        taken[part] = tensor
-    return runtime.QuantLinear(scheme.weights.unpack(taken), bias, scheme.activations, transform)
 
 
 class Journal:
@@ -144,17 +120,10 @@ class Journal:
 
 def fill_block(block: Block, state: dict[str, torch.Tensor], scheme: Scheme) -> None:
     """Give a block its quantised layers, KV format and other tensors; ``state`` is keyed as the layer's state dict."""
-    layers = {}
-    for role, path in LINEARS.items():
-        linear = block.linear(role)
-        bias = None
-        if scheme.weights is not None and linear.bias is not None:
-            bias = state.pop(f"{path}.bias")
-            if bias.shape != linear.bias.shape or not bias.is_floating_point():
-                raise ValueError(f"tensor {path}.bias: expected float {list(linear.bias.shape)}, got {list(bias.shape)}")
-        layers[role] = layer_from(state, path, linear, scheme, bias)
+    layers = {role: runtime.layer_from(state, path, block.linear(role), scheme) for role, path in LINEARS.items()}
     for role, layer in layers.items():
-        block.set_linear(role, layer)
+        if layer is not None:
+            block.set_linear(role, layer)
     attention.state(block.attention).grid = scheme.kv
     expected = dict(block.layer.named_parameters())
     if expected.keys() != state.keys() or any(state[name].shape != p.shape for name, p in expected.items()):

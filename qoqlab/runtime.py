@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from .attention import Mode
 from .checks import require_enum
 from .grids import Grid
 from .grouped import Grouped
-from .online import Online
+from .online import Online, OnlineLinear
 from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind, pack, quantize_activations
+from .tensorfile import take
 
 QuantizedWeight = reference.QuantizedWeight
 
@@ -148,6 +149,30 @@ def install(block: Block, weights: dict[str, QuantizedWeight], scheme: Scheme) -
         block.set_linear(role, QuantLinear(weight, bias, scheme.activations, online.of(linear)))
 
 
+def take_bias(state: MutableMapping[str, torch.Tensor], name: str, linear: nn.Linear) -> torch.Tensor | None:
+    """A bias of any floating-point type, where the architecture has one (another one stays, and is refused later)."""
+    return None if linear.bias is None else take(state, f"{name}.bias", (linear.out_features,), None)
+
+
+def layer_from(
+    state: MutableMapping[str, torch.Tensor], name: str, linear: nn.Linear, scheme: Scheme
+) -> QuantLinear | OnlineLinear | None:
+    """The layer that stands for ``linear`` under a scheme, from tensors ``{name}.codes`` and so on, which are taken out of
+    ``state``; None where the linear stays as it is. Where weights are not quantised, neither weight nor bias is taken.
+
+    Raises KeyError for tensors that are missing, ValueError for shapes or dtypes other than the scheme's.
+    """
+    n, k = linear.out_features, linear.in_features
+    transform = online.take(state, name, k)
+    form = scheme.weights
+    if form is None:
+        return None if transform is None else OnlineLinear(linear, transform)
+    if k % form.multiple:
+        raise ValueError(f"{n}x{k} is not divisible into groups of {form.multiple} along K")
+    parts = {part: take(state, f"{name}.{part}", *expected) for part, expected in form.layout(n, k).items()}
+    return QuantLinear(form.unpack(parts), take_bias(state, name, linear), scheme.activations, transform)
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that the model's parameters and quantised layers would take on disk, unquantised ones counted as 16-bit.
 
@@ -158,4 +183,14 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(floats.values()) + sum(m.storage_bytes() for m in quantized_layers)
 
 
-__all__ = ["Mode", "QuantLinear", "install", "mode", "quantized", "set_mode", "weight_bytes"]
+__all__ = [
+    "Mode",
+    "QuantLinear",
+    "install",
+    "layer_from",
+    "mode",
+    "quantized",
+    "set_mode",
+    "take_bias",
+    "weight_bytes",
+]

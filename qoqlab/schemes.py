@@ -234,11 +234,27 @@ class Scheme:
     """Formats of a whole model; None leaves that part unquantised.
 
     A `Grid` alone is the usual granularity: activations with a scale per token, keys and values per token and head.
+
+    Raises TypeError for other kinds of formats, ValueError for activations without weights (the layers that quantise
+    activations are the ones with quantised weights) or a signed grid for keys and values.
     """
 
     weights: WeightFormat | None = None
     activations: Grid | ActivationFormat | None = None
     kv: Grid | KVFormat | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and not isinstance(self.weights, WeightFormat):
+            raise TypeError(f"weights: expected a WeightFormat or None, got {self.weights!r}")
+        if self.activations is not None and not isinstance(self.activations, Grid | ActivationFormat):
+            raise TypeError(f"activations: expected a Grid, an ActivationFormat or None, got {self.activations!r}")
+        KVFormat.of(self.kv)
+        if self.activations is not None and self.weights is None:
+            form = self.activations
+            raise ValueError(
+                f"activations: {form.name} needs quantised weights, got weights=None; WeightFormat(WeightKind.CHANNEL_S8) "
+                "loses least"
+            )
 
     def kv_bits_per_value(self, head_dim: int) -> float:
         """Stored bits per cached number, averaged over keys and values, scale and zero included.

@@ -244,6 +244,26 @@ class LazyTensors(MutableMapping[str, torch.Tensor]):
         return entry.dtype, entry.shape
 
 
+def take(
+    state: MutableMapping[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> torch.Tensor:
+    """Remove and return a tensor, checking what it is before it is read; ``dtype=None`` takes any floating-point type.
+
+    Raises KeyError where it is missing, ValueError where it is something else.
+    """
+    if name not in state:
+        raise KeyError(f"tensor {name} is missing")
+    if isinstance(state, LazyTensors):
+        has_dtype, has_shape = state.describe(name)
+    else:
+        has_dtype, has_shape = state[name].dtype, tuple(state[name].shape)
+    fits = has_dtype.is_floating_point if dtype is None else has_dtype == dtype
+    if has_shape != shape or not fits:
+        expected = "float" if dtype is None else dtype
+        raise ValueError(f"tensor {name}: expected {expected} {list(shape)}, got {has_dtype} {list(has_shape)}")
+    return state.pop(name)
+
+
 def digest_of_tensor(tensor: torch.Tensor) -> str:
     """SHA-256 of a CPU tensor's bytes, row by row."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()

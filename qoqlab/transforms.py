@@ -13,26 +13,36 @@ import torch
 
 from . import hadamard
 
+#: Elements of a weight that are in work at a time: fp64 temporaries of a large model's embedding would take 10 GB and more.
+CHUNK = 2**22
+
+
+def _rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows of ``weight [N, K]`` in parts of about `CHUNK` elements; what acts on rows alone does not feel it."""
+    return weight.split(max(1, CHUNK // weight.shape[-1]))
+
 
 def rotate_inputs(weight: torch.Tensor) -> torch.Tensor:
     """``W R``: undo a rotation ``x R`` of the input (paper section 4.3.1). ``weight [N, K]``."""
-    return hadamard.transform(weight.double()).to(weight.dtype)
+    return torch.cat([hadamard.transform(part.double()).to(weight.dtype) for part in _rows(weight)])
 
 
 def rotate_outputs(weight: torch.Tensor) -> torch.Tensor:
     """``R^T W``: rotate what a linear layer writes. ``weight [N, K]``, or a bias ``[N]``."""
-    return hadamard.transform(weight.double().movedim(0, -1)).movedim(-1, 0).to(weight.dtype).contiguous()
+    if weight.ndim == 1:
+        return rotate_inputs(weight[None])[0]
+    return rotate_inputs(weight.T).T.contiguous()
 
 
 def scale_inputs(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``W diag(scale)``: absorb a division of the input by ``scale [K]``, or a norm's gain."""
-    return (weight.double() * scale.double()).to(weight.dtype)
+    return torch.cat([(part * scale.double()).to(weight.dtype) for part in _rows(weight)])
 
 
 def scale_outputs(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``diag(scale) W``: multiply what a layer writes by ``scale [N]``; ``weight [N, K]`` or bias ``[N]``."""
     rows = scale.double() if weight.ndim == 1 else scale.double()[:, None]
-    return (weight.double() * rows).to(weight.dtype)
+    return (weight * rows).to(weight.dtype)
 
 
 def smoothing_scale(

@@ -48,6 +48,7 @@ MODELS = {
     "hidden-96": ("llama", {"hidden_size": 96, "head_dim": 24, "intermediate_size": 160}),
 }
 QUAROT = (Step(steps.rotate, {"values": True}), Step(baselines.hadamard_inputs))
+AWQ = (Step(baselines.awq_scale),)
 #: AWQ looks at the weights' format, so its equivalence is checked through the weights that it leaves behind.
 EQUIVALENCES = {
     "smoothquant": (Step(baselines.smooth_inputs),),
@@ -189,6 +190,30 @@ def test_awq_searches_from_the_identity_and_is_never_worse_on_its_objective(form
         assert errors[1] <= errors[0] * (1 + 1e-4), site
         better += errors[1] < 0.999 * errors[0]
     assert better > 0  # outliers are there to be protected
+
+
+@pytest.mark.parametrize("form", [GROUPS, PER_CHANNEL], ids=lambda f: f.kind.value)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_awq_of_q_k_and_v_is_never_worse_for_the_attention(family: str, form: WeightFormat) -> None:
+    """Together they are judged by the attention's output: with rounded q, k and v it is no further from the exact one."""
+    model = outliers.plant(wide(family), activation_ratio=30.0, key_ratio=1.0)
+    blocks = [describe(run_steps(model, *listed, scheme=Scheme(form))).blocks[0] for listed in ((), AWQ)]
+    (batch,) = capture.first_inputs(run_steps(model), IDS, batch_size=len(IDS))
+    errors = []
+    for block in blocks:
+        exact = _attention(block, batch)
+        for role in SITES["qkv"]:
+            weight = block.linear(role).weight.detach()
+            block.linear(role).weight.data = form.choose(weight).decode(form.choose(weight).encode(weight))
+        errors.append(float((_attention(block, batch) - exact).double().square().sum()))
+    assert errors[1] <= errors[0] * (1 + 1e-4)
+    assert errors[1] < 0.9 * errors[0]  # outliers are there to be protected
+
+
+def _attention(block, batch: capture.Batch) -> torch.Tensor:
+    """Output of a block's attention, its norm included."""
+    return block.attention(block.input_norm(batch.hidden), **batch.arguments[block.index])[0]
 
 
 def _site_error(block, site, sample, weights, rounded) -> float:

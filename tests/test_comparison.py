@@ -15,7 +15,7 @@ from qoqlab.grids import INT8
 from qoqlab.recipes import Recipe
 from qoqlab.schemes import Scheme, WeightFormat, WeightKind
 
-from .families import random_ids, wide
+from .families import build, random_ids, wide
 
 METHODS = ["fp16", "rtn-w8a8", "rtn-w4a8kv4-g128", "qoq-g128"]
 
@@ -93,11 +93,24 @@ def test_suites() -> None:
         ([], "recipes: expected one or more"),
         (["fp16", "fp16"], "recipes: expected one or more, each name once, got fp16, fp16"),
         (["nonsense"], "recipe: 'nonsense' is not a preset"),
+        ([3], "recipes: expected presets' names or Recipes, got int"),
+        ([Scheme()], "recipes: expected presets' names or Recipes, got Scheme"),
+        (Recipe("r", Scheme()), "recipes: expected a suite's name or a list, got Recipe"),
+        (None, "recipes: expected a suite's name or a list, got NoneType"),
     ],
 )
 def test_wrong_methods(methods, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         comparison.resolve(methods)
+
+
+@pytest.mark.parametrize("thing", ["tiny", None, torch.nn.Linear(2, 2)])
+def test_things_that_are_no_models(thing) -> None:
+    """Said before anything is quantised, also where another model of the mapping is fine."""
+    ids = random_ids(2, 16)
+    for model in (thing, {"good": build("llama"), "bad": thing}):
+        with pytest.raises(TypeError, match=f"model: {type(thing).__name__} is not a supported architecture"):
+            qoqlab.compare(["fp16"], model, ids, ids, progress=False)
 
 
 def test_wrong_tokens_and_empty_mappings(model) -> None:

@@ -49,6 +49,78 @@ def test_symmetric_groups_and_outliers_are_rows_of_affine(lead, columns, group_s
         assert torch.equal(got.dequantize()[..., group], row.dequantize())
 
 
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([1, 2, 16, 32, 64, 128]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    zero=st.sampled_from(list(Zero)),
+    exponent=st.integers(-3, 3),
+    shift=st.floats(-4, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_asymmetric_groups_of_any_shape_and_dtype(rows, groups, group_size, dtype, zero, exponent, shift, seed) -> None:
+    """GROUP_U4, as GPTQ and AWQ use it: codes, stored types and the error that the grid allows."""
+    form, k = WeightFormat(WeightKind.GROUP_U4, group_size, zero), groups * group_size
+    weight = ((matrix(rows, k, seed) + shift) * 10.0**exponent).to(dtype)
+    before, scales = weight.clone(), form.choose(weight)
+    got = assemble(scales, scales.encode(weight))
+    assert torch.equal(weight, before)
+    assert got.codes.dtype == torch.uint8 and got.codes.shape == weight.shape and int(got.codes.max()) <= 15
+    assert got.scales.dtype == torch.float16 and got.scales.shape == got.zeros.shape == (rows, groups)
+    assert got.zeros.dtype == (torch.uint8 if zero is Zero.INTEGER else torch.float16)
+    for wanted in (torch.float16, torch.float32, torch.float64):
+        assert got.dequantize(wanted).dtype == wanted
+    # half a step; the fp16 scale may be short of the range by one part in 2048 (or half fp16's smallest step), 15 times
+    # over, and an fp16 zero off by one part in 2048 of the largest value; the last 1% is fp32's rounding
+    split, step = weight.double().unflatten(-1, (groups, -1)), got.scales.double()[..., None]
+    largest = split.abs().amax(-1, keepdim=True)
+    allowed = step / 2 + 15 * (step * 2.0**-11 + 2.0**-25) + 1.01 * largest * 2.0**-11 + 2.0**-25
+    assert bool(((got.dequantize(torch.float64).unflatten(-1, (groups, -1)) - split).abs() <= allowed).all())
+    if group_size % 2 == 0:
+        restored = form.unpack(pack(got))
+        assert torch.equal(restored.codes, got.codes) and torch.equal(restored.dequantize(), got.dequantize())
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    lead=st.sampled_from([(3,), (2, 3), ()]),
+    columns=st.integers(1, 160),
+    group_size=st.sampled_from([None, 1, 7, 32, 128]),
+    outliers=st.sampled_from([0, 2, 128]),
+    grid=st.sampled_from([INT4, INT8]),
+    ratio=st.floats(0.3, 1.0),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_activations_of_any_shape_and_dtype(lead, columns, group_size, outliers, grid, ratio, dtype, seed) -> None:
+    """Every token, and group within it, is a symmetric row of its own; outliers lie on INT8 and are not clipped."""
+    x = torch.randn(*lead, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    before = x.clone()
+    got = ActivationFormat(grid, group_size, outliers, ratio).quantize(x)
+    assert torch.equal(x, before) and got.codes.shape == x.shape and got.codes.dtype == torch.int8
+    kept = grouped.outlier_columns(columns, outliers)
+    assert kept == 0 or columns >= 64  # at most 1 in 32
+    restored, start = got.dequantize(torch.float64), 0
+    for size in [*_sizes(columns - kept, group_size), *([kept] if kept else [])]:
+        part = slice(start, start + size)
+        outlying = kept > 0 and start == columns - kept
+        scales = affine.symmetric_scales(x[..., part], INT8 if outlying else grid, 1.0 if outlying else ratio)
+        row = affine.quantize(x[..., part], scales)
+        assert torch.equal(got.codes[..., part], row.codes)
+        assert torch.equal(restored[..., part], row.dequantize(torch.float64))
+        start += size
+    assert start == columns
+    assert bool((got.codes[..., : columns - kept].abs() <= grid.high).all())
+
+
+def _sizes(columns: int, group_size: int | None) -> list[int]:
+    """Group sizes of a row, the last one shorter where it has to be."""
+    size = group_size or columns
+    return [min(size, columns - start) for start in range(0, columns, size)]
+
+
 def test_columns_can_be_encoded_and_decoded_alone() -> None:
     x = matrix(k=50)
     for scales in (grouped.choose_symmetric(x, 16, INT4, 6), grouped.choose_asymmetric(x, 10)):

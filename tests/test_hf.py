@@ -7,7 +7,7 @@ import torch
 
 from qoqlab import quantize, runtime
 from qoqlab.attention import Mode, decode_attention
-from qoqlab.grids import UINT4
+from qoqlab.grids import INT8, UINT4
 from qoqlab.hf import KV4Cache, KV4Layer
 from qoqlab.kv import Keys, KVFormat, quantize_kv4
 from qoqlab.recipes import Recipe
@@ -280,3 +280,19 @@ def test_generation_equals_decode_steps(preset: str, quantized) -> None:
 def test_a_cache_needs_a_grid(bad) -> None:
     with pytest.raises(ValueError, match="grid: expected a Grid or a KVFormat with a grid"):
         KV4Layer(bad)
+
+
+@pytest.mark.parametrize(
+    ("grid", "error", "message"),
+    [
+        ("x", TypeError, "grid: expected a Grid, a KVFormat or None, got 'x'"),
+        (4, TypeError, "grid: expected a Grid, a KVFormat or None, got 4"),
+        (None, ValueError, "grid: expected a Grid or a KVFormat with a grid, got None"),
+        (KVFormat(None), ValueError, "grid: expected a Grid or a KVFormat with a grid"),
+        (INT8, ValueError, "grid: keys and values need an unsigned grid, got INT8"),
+    ],
+)
+def test_a_cache_of_nonsense_is_refused_when_it_is_made(grid: object, error: type[Exception], message: str) -> None:
+    for kind in (KV4Cache, KV4Layer):
+        with pytest.raises(error, match=message):
+            kind(grid)

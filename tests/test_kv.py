@@ -185,6 +185,43 @@ def test_windows_of_keys_are_rows_of_one_channel():
         form.quantize_windows(x[:, :11])
 
 
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=2),
+    tokens=st.integers(1, 13),
+    channels=st.integers(1, 9),
+    grid=st.sampled_from([None, UINT4, UINT8]),
+    keys=st.sampled_from(list(kv.Keys)),
+    window=st.sampled_from([2, 4, 6]),
+    ratio=st.floats(0.3, 1.0),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    seed=st.integers(0, 2**16),
+)
+def test_formats_of_any_shape_and_dtype(lead, tokens, channels, grid, keys, window, ratio, dtype, seed):
+    """What a format returns is what its scalars say: rows of values per token, rows of keys per token or per channel."""
+    form = kv.KVFormat(grid, keys, window, ratio=ratio)
+    x = torch.randn(*lead, tokens, channels, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    before, values, rounded = x.clone(), form.round_values(x), form.round_keys(x)
+    assert torch.equal(x, before)
+    assert values.shape == rounded.shape == x.shape and values.dtype == rounded.dtype == dtype
+    if grid is None:
+        assert torch.equal(values, x) and torch.equal(rounded, x)
+        return
+    assert torch.equal(values, kv.quantize_kv(x, grid, ratio).dequantize(dtype))
+    if keys is kv.Keys.TOKEN:
+        assert torch.equal(rounded, values)
+        return
+    whole = tokens // window * window
+    assert torch.equal(rounded[..., whole:, :], x[..., whole:, :])  # an incomplete window is exact
+    for first in range(0, whole, window):
+        for channel in range(channels):
+            row = kv.quantize_kv(x[..., first : first + window, channel], grid, ratio)
+            assert torch.equal(rounded[..., first : first + window, channel], row.dequantize(dtype))
+    # more tokens never change what complete windows hold
+    longer = form.round_keys(torch.cat([x, x[..., :1, :] * 100], -2))
+    assert torch.equal(longer[..., :whole, :], rounded[..., :whole, :])
+
+
 def test_a_ratio_clips_both_ends():
     x = torch.tensor([[-1.0, 0.0, 1.0, 3.0]])
     got = kv.quantize_kv(x, UINT4, 0.5)

@@ -107,6 +107,18 @@ def test_a_named_work_device_changes_nothing() -> None:
     require_same(result, quantize(model, QUICK, IDS, progress=False))
 
 
+@pytest.mark.parametrize("preset", [QUICK, "smoothquant-w4a8kv4"])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False), ("qwen3", True)])
+def test_embedding_and_head_visit_the_work_device_too(family: str, tied: bool, preset: object, tmp_path: Path) -> None:
+    """The CPU under its other name is another device to torch, so everything moves there and back."""
+    expected = quantize(wide(family, tied=tied), preset, IDS, progress=False)
+    folder = written(wide(family, tied=tied), tmp_path / "model")
+    for model in (offload.open_model(folder, device="cpu:0", home="cpu"), offload.work_on(wide(family, tied=tied), "cpu:0")):
+        result = quantize(model, preset, IDS, inplace=True, progress=False)
+        require_same(result, expected)
+        assert describe(result.model).tied == describe(expected.model).tied
+
+
 # --- accelerate -----------------------------------------------------------------------------------------------------------
 
 DISK = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}

@@ -118,7 +118,6 @@ def test_bad_weights_are_refused_for_every_kind():
         (Scheme(WeightFormat(WeightKind.PROGRESSIVE_U4), INT8, UINT4), "W4A8KV4 g128"),
         (Scheme(WeightFormat(WeightKind.CHANNEL_U4), INT8, UINT4), "W4A8KV4"),
         (Scheme(WeightFormat(WeightKind.CHANNEL_S8), INT8, UINT8), "W8A8KV8"),
-        (Scheme(activations=INT8), "W16A8KV16"),
         (Scheme(WeightFormat(WeightKind.GROUP_U4)), "W4A16KV16 g128"),
         (Scheme(WeightFormat(WeightKind.CHANNEL_S4), ActivationFormat(INT4, ratio=0.9), KVFormat(ratio=0.9)), "W4A4KV4"),
         (Scheme(WeightFormat(WeightKind.GROUP_S4, outliers=128), INT4, UINT8), "W4A4KV8 g128 + INT8 outliers"),
@@ -128,6 +127,23 @@ def test_bad_weights_are_refused_for_every_kind():
 )
 def test_names(scheme, name):
     assert str(scheme) == name
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"weights": "W4"}, TypeError, "weights: expected a WeightFormat or None, got 'W4'"),
+        ({"weights": WeightKind.CHANNEL_U4}, TypeError, "weights: expected a WeightFormat or None, got <WeightKind"),
+        ({"activations": "A8"}, TypeError, "activations: expected a Grid, an ActivationFormat or None, got 'A8'"),
+        ({"kv": "KV4"}, TypeError, "kv: expected a Grid, a KVFormat or None, got 'KV4'"),
+        ({"kv": INT8}, ValueError, "grid: keys and values need an unsigned grid, got INT8"),
+        ({"activations": INT8}, ValueError, "activations: INT8 needs quantised weights, got weights=None"),
+        ({"activations": ActivationFormat(INT4, 32)}, ValueError, "activations: INT4 g32 needs quantised weights"),
+    ],
+)
+def test_parts_that_mean_nothing_are_refused(parts, error, message):
+    with pytest.raises(error, match=message):
+        Scheme(**parts)
 
 
 def test_kv_bits_of_keys_per_channel():

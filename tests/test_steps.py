@@ -237,7 +237,7 @@ def test_searched_output_smoothing_does_nothing_without_a_weight_format() -> Non
 def test_weight_steps_without_a_weight_format_do_nothing(step) -> None:
     model = build("llama", dtype=torch.float64)
     before = parameters(model)
-    after = parameters(quantize(model, only(Step(step), scheme=Scheme(None, INT8, UINT4)), IDS, progress=False).model)
+    after = parameters(quantize(model, only(Step(step), scheme=Scheme(kv=UINT4)), IDS, progress=False).model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -47,6 +47,20 @@ def test_rotations_are_products_with_the_hadamard_matrix(width):
     torch.testing.assert_close(transforms.rotate_outputs(bias), r.T @ bias, **EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [16, 24])
+def test_rotating_in_parts_gives_the_same_bits(width, dtype, monkeypatch):
+    weight = random(7, width).to(dtype)
+    whole = transforms.rotate_inputs(weight), transforms.rotate_outputs(weight.T)
+    scaled = transforms.scale_inputs(weight, positive(width))
+    for chunk in (1, 2 * width, 3 * width):
+        monkeypatch.setattr(transforms, "CHUNK", chunk)
+        assert torch.equal(transforms.rotate_inputs(weight), whole[0])
+        assert torch.equal(transforms.rotate_outputs(weight.T), whole[1])
+        assert torch.equal(transforms.scale_inputs(weight, positive(width)), scaled)
+    assert torch.equal(whole[0], hadamard.transform(weight.double()).to(dtype))
+
+
 def test_rotation_keeps_root_mean_square_norms():
     x = random(5, 24)
     torch.testing.assert_close(hadamard.transform(x).norm(dim=-1), x.norm(dim=-1), **EXACT)
