@@ -1,6 +1,7 @@
 # make tour    install, quantise the bundled model, write build/tour.html
 # make lab     open the notebooks in JupyterLab
 # make test    everything CI runs
+# make help    the rest: explorers, site, class tools
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "qoqlab needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lab,test,kernels]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lab,app,test,browser,kernels]'
 	@touch $@
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
@@ -23,6 +24,18 @@ tour: setup  ## the main job: quantise the bundled model, print the comparison, 
 
 lab: setup  ## open JupyterLab on the notebooks (as root: make lab ARGS=--allow-root)
 	$(BIN)/jupyter lab notebooks $(ARGS)
+
+app: setup  ## serve the explorers as web pages
+	$(BIN)/voila notebooks/explorers $(ARGS)
+
+site: setup  ## the course as web pages that work offline, in build/site
+	$(BIN)/python -m qoqlab.site
+
+student: setup  ## a hand-out of the course without solutions, in build/student
+	$(BIN)/python -m qoqlab.classroom student
+
+grade: setup  ## check a submission: make grade NOTEBOOK=path/to/02_progressive_weights.ipynb
+	$(BIN)/python -m qoqlab.classroom grade $(NOTEBOOK)
 
 test: setup lint  ## everything CI runs: lint, unit tests, doctests, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -44,4 +57,4 @@ clean:  ## remove everything that make made
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-.PHONY: setup tour lab test lint refresh clean help
+.PHONY: setup tour lab app site student grade test lint refresh clean help

@@ -20,7 +20,7 @@ WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 def refresh(path: Path) -> None:
     """Execute one notebook in its own folder and write it back."""
     notebook = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(HERE)}}
+    resources = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, timeout=TIMEOUT_S, record_timing=False, store_widget_state=False, resources=resources)
     client.widget_registry = {}  # nbclient can wait forever for messages of Output widgets; it needs to track none
     client.execute()
@@ -58,7 +58,7 @@ def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 
 def main(names: list[str]) -> None:
     """Refresh the named notebooks, or all of them."""
-    for path in sorted(HERE.glob("*.ipynb")):
+    for path in [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("explorers/*.ipynb"))]:
         if not names or path.stem in names or path.name in names:
             refresh(path)
             print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")

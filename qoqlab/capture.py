@@ -48,7 +48,9 @@ def first_inputs(model: nn.Module, ids: torch.Tensor, batch_size: int = 2) -> li
     calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def pass_on(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        calls.append((hidden_states, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
+        calls.append(
+            (hidden_states, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "cache", "use_cache")})
+        )
         return hidden_states
 
     batches: list[Batch] = []

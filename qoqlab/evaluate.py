@@ -80,11 +80,11 @@ def generate(model: nn.Module | QuantizedModel, ids: torch.Tensor, max_new_token
     require_ids("ids", ids, network.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     if not isinstance(model, QuantizedModel):
         return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
-    from .hf import KV4Cache
+    from .hf import KV4Cache, cache_keyword
 
     form = KVFormat.of(model.recipe.scheme.kv)
-    if form is not None and form.grid is not None:
-        options.setdefault("past_key_values", KV4Cache(form))
+    if form is not None and form.grid is not None and not {"cache", "past_key_values"} & options.keys():
+        options[cache_keyword()] = KV4Cache(form)
     with runtime.mode(network, Mode.RUNTIME):
         return network.generate(ids, max_new_tokens=max_new_tokens, **options)  # type: ignore[operator]
 

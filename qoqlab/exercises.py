@@ -287,3 +287,123 @@ def _gain_db(recipe: recipes.Recipe, scheme: Scheme, activation_ratio: float = 1
         quantized = quantize(network, replace(recipe, scheme=scheme, steps=steps), ids[:2], progress=False, report=False)
         quality.append(logits_sqnr_db(exact, quantized, ids[2:]))
     return quality[1] - quality[0]
+
+
+def check_crossing(crossing: Callable[[float, float, float], float]) -> None:
+    """``crossing(bits, peak, bandwidth)`` -> tokens at which a GEMM stops waiting for its weights (bits per weight)."""
+    got = crossing(8, 200.0, 10.0)
+    assert got != 20, "an addition and a multiplication are two operations: M tokens need 2 * M of them per weight"
+    assert got != 80, "bits are not bytes: 8 bits are one byte to move"
+    assert got != 0.1, "upside down: more peak means that memory is the limit for longer, so peak is on top"
+    assert got == 10, f"1 byte a weight at 10 bytes/s takes 0.1 s, and so do 10 tokens at 2 operations each: 10, got {got}"
+    got = crossing(4, 624e12, 2.0e12)
+    assert abs(got - 78) < 1e-6, f"W4A8 on an A100 (624 TOP/s, 2 TB/s): 78 tokens, got {got:g}"
+    print("check_crossing: passed")
+
+
+def check_step_speedup(speedup: Callable[[dict[str, float], dict[str, float]], float]) -> None:
+    """``speedup(seconds, factors)`` -> how many times faster a step of parts gets if some parts get ``factors`` faster."""
+    seconds = {"linear": 6.0, "attention": 3.0}
+    got = speedup(seconds, {})
+    assert got == 1, f"no part changes, so the step does not: 1, got {got}"
+    got = speedup(seconds, {"linear": 3.0})
+    assert got not in (3, 2) and abs(got - 7 / 3) > 1e-9, "speed-ups do not average, not even by time; add up the new times"
+    assert abs(got - 5 / 9) > 1e-9, "old time over new time: more than 1 is faster"
+    assert got != 4.5, "attention still takes its 3 seconds; a part without a factor stays in the sum"
+    assert abs(got - 1.8) < 1e-9, f"6 / 3 + 3 = 5 seconds instead of 9: 1.8 times as fast, got {got}"
+    got = speedup(seconds, {"linear": 1e12})
+    assert abs(got - 3) < 1e-6, f"linear layers for free leave 3 of 9 seconds: at most 3 times, got {got}"
+    assert seconds == {"linear": 6.0, "attention": 3.0}, "leave the caller's times as they are"
+    print("check_step_speedup: passed")
+
+
+def check_unpack_budget(budget: Callable[[float, float, float], float]) -> None:
+    """``budget(lanes, bandwidth, bits)`` -> instructions per weight that hide behind reading it from memory."""
+    got = budget(100.0, 10.0, 8)
+    assert got != 80, "bandwidth counts bytes, and 8 bits are one of them: 10 weights arrive a second"
+    assert got != 0.1, "upside down: more lanes mean more instructions per weight"
+    assert got == 10, f"10 weights arrive a second, 100 instructions run: 10 for each, got {got}"
+    got = budget(100.0, 10.0, 4)
+    assert got != 20, "with half the bits twice as many weights arrive, so each has half the time"
+    assert got == 5, f"4 bits: 20 weights a second, 5 instructions each, got {got}"
+    print("check_unpack_budget: passed")
+
+
+def check_largest_batch(largest: Callable[[float, float, int, float], int]) -> None:
+    """``largest(memory, weights, context, per_token)`` -> sequences that fit beside the weights (bytes, tokens)."""
+    got = largest(1000, 400, 10, 20)
+    assert got != 5, "the weights are in that memory too: 600 bytes are left for the cache"
+    assert got != 30, "20 bytes are one token; a sequence of 10 of them takes 200"
+    assert got == 3, f"(1000 - 400) / (10 * 20) = 3, got {got}"
+    got = largest(1000, 450, 10, 20)
+    assert got == 2, f"550 / 200 = 2.75: only whole sequences fit, so 2, got {got}"
+    assert isinstance(got, int), f"a number of sequences is an int, got {type(got).__name__}"
+    got = largest(1000, 1200, 10, 20)
+    assert got == 0, f"the weights alone do not fit: no sequence, 0, got {got}"
+    print("check_largest_batch: passed")
+
+
+def check_group_size(group_size: Callable[[list[int]], int | None]) -> None:
+    """``group_size(widths)`` -> the largest of 128, 64 and 32 that divides every row length, or None."""
+    got = group_size([512, 896])
+    assert got == 128, f"512 = 4 * 128 and 896 = 7 * 128, so groups of 128 fit, got {got}"
+    got = group_size([512, 960])
+    assert got != 128, "960 is 7.5 groups of 128; every row has to be whole groups, not only the first"
+    assert got == 64, f"960 = 15 * 64 and 512 = 8 * 64: 64, got {got}"
+    got = group_size([512, 100])
+    assert got is None, f"100 is no multiple of 128, 64 or 32: None, and scales per channel, got {got}"
+    got = group_size([96])
+    assert got == 32, f"96 = 3 * 32: 32, got {got}"
+    print("check_group_size: passed")
+
+
+def check_divergence(divergence: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
+    """``divergence(exact, rounded)`` -> mean KL divergence in nats of logits ``[positions, vocabulary]``."""
+    exact = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    rounded = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    got = float(divergence(exact, exact + 3))
+    assert abs(got) < 1e-6, f"a constant added to all logits changes no probability: 0, got {got:g} (softmax is missing)"
+    got = float(divergence(exact, rounded))
+    forward, backward = 0.14384, 0.13081
+    assert abs(got - forward) > 1e-4, "average over the positions; the second one, without any error, counts as well"
+    assert abs(got + forward / 2) > 1e-4, "the sign: log p - log q, weighted by p, is never negative in sum"
+    assert abs(got - backward / 2) > 1e-4, "weight by the exact probabilities: that is KL(exact, rounded), not the reverse"
+    assert abs(got - forward / 4) > 1e-4, "sum over the vocabulary, and average over positions alone"
+    assert abs(got - forward / 2) < 1e-4, f"0.1438 nats at one of two positions: {forward / 2:.4f}, got {got:.4f}"
+    print("check_divergence: passed")
+
+
+def check_compression(compression: Callable[[list[tuple[int, float, float]]], float]) -> None:
+    """``compression([(values, bits_before, bits_after), ...])`` -> how many times smaller all of it is."""
+    got = compression([(100, 16, 4)])
+    assert got != 0.25, "before over after: more than 1 is smaller"
+    assert got == 4, f"16 bits become 4: 4 times smaller, got {got}"
+    got = compression([(300, 16, 4), (100, 16, 16)])
+    assert got not in (2.5, 3.25), "ratios do not average, not even by count; divide the sum before by the sum after"
+    assert abs(got - 6400 / 2800) < 1e-9, f"6400 bits become 2800: {6400 / 2800:.3f} times smaller, got {got:g}"
+    print("check_compression: passed")
+
+
+def check_unpack_word(unpack: Callable[[int], tuple[int, int]]) -> None:
+    """``unpack(word)`` -> two 32-bit words: the four low nibbles, and the four high ones, each in a byte of its own."""
+    got = unpack(0x12345678)
+    assert tuple(got) != (0x5678, 0x1234), "halves of the word are not its nibbles: every byte holds one code of each kind"
+    assert got[0] == 0x02040608, f"low nibbles of 12 34 56 78 are 2, 4, 6, 8: 0x02040608, got {got[0]:#010x}"
+    assert got[1] != 0x10305070, "the high nibbles are still in their high places: shift right by 4, then mask"
+    assert got[1] != 0x01234567, "after the shift each byte also holds its neighbour's nibble: mask again"
+    assert got[1] == 0x01030507, f"high nibbles of 12 34 56 78 are 1, 3, 5, 7: 0x01030507, got {got[1]:#010x}"
+    got = unpack(0xF0F0F0F0)
+    assert tuple(got) == (0, 0x0F0F0F0F), f"0xF0F0F0F0 is four zeros and four 15s, got {[f'{g:#010x}' for g in got]}"
+    print("check_unpack_word: passed")
+
+
+def check_unsigned_word(decode: Callable[[int, int, int], int]) -> None:
+    """``decode(word, scale, zero)`` -> ``code * scale + (128 - zero * scale)`` in every byte, by one 32-bit multiply-add."""
+    got = decode(0x00000005, 3, 1)
+    assert got != 0x8C, "the offset belongs into all four bytes, since code 0 is a weight too: multiply it by 0x01010101"
+    assert got & 0xFF != 12, "128 is missing: bytes stay unsigned, 128 too large, and the epilogue takes it out"
+    assert got == 0x7D7D7D8C, f"codes 5, 0, 0, 0 with scale 3, zero 1: 0x7d7d7d8c, got {got:#010x}"
+    got = decode(0x0F0F0F0F, 16, 8)
+    assert got == 0xF0F0F0F0, f"the largest there is: 15 * 16 + 128 - 8 * 16 = 240 in each byte, got {got:#x}"
+    assert decode(0, 16, 8) == 0, f"the smallest: 0 * 16 + 128 - 128 = 0, got {decode(0, 16, 8):#x}"
+    print("check_unsigned_word: passed")

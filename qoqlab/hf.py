@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import transformers
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .grids import UINT4, Grid
@@ -116,8 +117,17 @@ class KV4Layer(DynamicLayer):
         return sum(t.numel() * t.element_size() for t in (*tensors, *([] if self.waiting is None else [self.waiting])))
 
 
+def cache_keyword() -> str:
+    """How ``model.generate`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before.
+
+    ``model.generate(ids, **{cache_keyword(): KV4Cache()})`` works with either, without a warning.
+    """
+    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
+    return "cache" if (major, minor) >= (5, 24) else "past_key_values"
+
+
 class KV4Cache(Cache):
-    """4-bit KV cache for ``model.generate(..., past_key_values=KV4Cache())``; works with any model whose cache is dynamic.
+    """4-bit KV cache for ``model.generate(..., cache=KV4Cache())`` (see `cache_keyword`), with any dynamic cache.
 
     Another unsigned grid, such as `grids.UINT8`, makes it a cache of that many bits, for comparison; a `kv.KVFormat` may
     scale keys per channel. One that rotates keys needs a quantised model, whose attention rotates queries too.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import attention, recipes
@@ -148,7 +149,8 @@ class QoQHfQuantizer(HfQuantizer):
             return
         config = self.quantization_config
         calibration = config.calibration_for(model.config.name_or_path)
-        result = quantize(model, config.recipe, calibration, inplace=True)
+        shown = logging.is_progress_bar_enabled()  # where transformers shows no bars, neither do we
+        result = quantize(model, config.recipe, calibration, inplace=True, progress=shown)
         model.qoq_report = result.report
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:

@@ -180,6 +180,11 @@ def test_generate_uses_a_cache_that_is_passed_in(quantized) -> None:
     assert cache.get_seq_length() == 8
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_generate_names_its_cache_as_this_release_of_transformers_does(quantized) -> None:
+    generate(quantized("llama", "qoq-g128"), IDS[:1, :5], max_new_tokens=2, do_sample=False)
+
+
 def test_generate_returns_to_simulated_mode(quantized) -> None:
     result = quantized("llama", "qoq-g128")
     before = logits(result.model, IDS)

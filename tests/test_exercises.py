@@ -54,6 +54,43 @@ def frontier(bits, loss):
     return sorted((i for i, p in enumerate(points) if not beaten(p)), key=lambda i: bits[i])
 
 
+def crossing(bits, peak, bandwidth):
+    return bits / 8 / bandwidth * peak / 2
+
+
+def step_speedup(seconds, factors):
+    return sum(seconds.values()) / sum(value / factors.get(name, 1.0) for name, value in seconds.items())
+
+
+def unpack_budget(lanes, bandwidth, bits):
+    return lanes / (bandwidth / (bits / 8))
+
+
+def largest_batch(memory, weights, context, per_token):
+    return max(0, int((memory - weights) // (context * per_token)))
+
+
+def group_size(widths):
+    return next((size for size in (128, 64, 32) if all(width % size == 0 for width in widths)), None)
+
+
+def kl(exact, rounded):
+    p, q = exact.log_softmax(-1), rounded.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def compression(parts):
+    return sum(n * before for n, before, _ in parts) / sum(n * after for n, _, after in parts)
+
+
+def unpack_word(word):
+    return word & 0x0F0F0F0F, word >> 4 & 0x0F0F0F0F
+
+
+def unsigned_word(word, scale, zero):
+    return word * scale + (128 - zero * scale) * 0x01010101
+
+
 ROTATE, SMOOTH = Step(steps.rotate), Step(steps.smooth_attention)
 
 
@@ -72,6 +109,15 @@ ANSWERS = [
     (exercises.check_key_ranking, key_ranking),
     (exercises.check_frontier, frontier),
     (exercises.check_recipe, recipe(ROTATE, SMOOTH)),
+    (exercises.check_crossing, crossing),
+    (exercises.check_step_speedup, step_speedup),
+    (exercises.check_unpack_budget, unpack_budget),
+    (exercises.check_largest_batch, largest_batch),
+    (exercises.check_group_size, group_size),
+    (exercises.check_divergence, lambda exact, rounded: kl(exact, rounded).mean()),
+    (exercises.check_compression, compression),
+    (exercises.check_unpack_word, unpack_word),
+    (exercises.check_unsigned_word, unsigned_word),
 ]
 
 
@@ -192,6 +238,57 @@ MISTAKES = [
     (exercises.check_recipe, recipe(SMOOTH), "loud activation channels"),
     (exercises.check_recipe, recipe(ROTATE), "loud key channels"),
     (exercises.check_recipe, recipe(Step(baselines.smooth_inputs)), "loud key channels"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: bits / 8 * peak / bandwidth, "two operations"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: bits * peak / bandwidth / 2, "bits are not bytes"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: 2 * bandwidth / peak / (bits / 8), "upside down"),
+    (exercises.check_crossing, lambda bits, peak, bandwidth: peak / bandwidth / 2, "78 tokens, got 156"),
+    (exercises.check_step_speedup, lambda s, f: sum(f.get(n, 1) for n in s) / len(s), "do not average"),
+    (
+        exercises.check_step_speedup,
+        lambda s, f: sum(t * f.get(n, 1) for n, t in s.items()) / sum(s.values()),
+        "do not average",
+    ),
+    (exercises.check_step_speedup, lambda s, f: 1 / step_speedup(s, f), "old time over new time"),
+    (
+        exercises.check_step_speedup,
+        lambda s, f: sum(s.values()) / sum(s[n] / f[n] for n in f) if f else 1,
+        "stays in the sum",
+    ),
+    (exercises.check_unpack_budget, lambda lanes, bandwidth, bits: lanes / bandwidth * bits, "bandwidth counts bytes"),
+    (exercises.check_unpack_budget, lambda lanes, bandwidth, bits: bandwidth / lanes / (bits / 8), "upside down"),
+    (exercises.check_unpack_budget, lambda lanes, bandwidth, bits: lanes / bandwidth / (bits / 8), "half the time"),
+    (exercises.check_largest_batch, lambda m, w, c, t: int(m // (c * t)), "weights are in that memory too"),
+    (exercises.check_largest_batch, lambda m, w, c, t: int((m - w) // t), "a sequence of 10"),
+    (exercises.check_largest_batch, lambda m, w, c, t: round((m - w) / (c * t)), "only whole sequences"),
+    (exercises.check_largest_batch, lambda m, w, c, t: int((m - w) // (c * t)), "no sequence, 0"),
+    (exercises.check_largest_batch, lambda m, w, c, t: float(max(0, (m - w) // (c * t))), "is an int"),
+    (exercises.check_group_size, lambda widths: group_size(widths[:1]), "not only the first"),
+    (exercises.check_group_size, lambda widths: group_size(widths) or 32, "None"),
+    (exercises.check_group_size, lambda widths: min(widths), "groups of 128 fit"),
+    (
+        exercises.check_group_size,
+        lambda widths: next((g for g in (128, 64) if not any(w % g for w in widths)), None),
+        "3 . 32",
+    ),
+    (exercises.check_divergence, lambda p, q: (p.exp() * (p - q)).sum(-1).mean(), "softmax is missing"),
+    (exercises.check_divergence, lambda p, q: kl(p, q).sum(), "average over the positions"),
+    (exercises.check_divergence, lambda p, q: -kl(p, q).mean(), "the sign"),
+    (exercises.check_divergence, lambda p, q: kl(q, p).mean(), "not the reverse"),
+    (exercises.check_divergence, lambda p, q: kl(p, q).mean() / 2, "sum over the vocabulary"),
+    (exercises.check_compression, lambda parts: 1 / compression(parts), "more than 1 is smaller"),
+    (exercises.check_compression, lambda parts: sum(b / a for _, b, a in parts) / len(parts), "do not average"),
+    (
+        exercises.check_compression,
+        lambda parts: sum(n * b / a for n, b, a in parts) / sum(n for n, *_ in parts),
+        "do not average",
+    ),
+    (exercises.check_unpack_word, lambda word: (word & 0xFFFF, word >> 16), "halves of the word"),
+    (exercises.check_unpack_word, lambda word: (word & 0x0F0F0F0F, word & 0xF0F0F0F0), "shift right by 4"),
+    (exercises.check_unpack_word, lambda word: (word & 0x0F0F0F0F, word >> 4), "mask again"),
+    (exercises.check_unpack_word, lambda word: (word >> 4 & 0x0F0F0F0F, word & 0x0F0F0F0F), "low nibbles of"),
+    (exercises.check_unsigned_word, lambda w, s, z: w * s + (128 - z * s), "all four bytes"),
+    (exercises.check_unsigned_word, lambda w, s, z: (w * s - z * s * 0x01010101) & 0xFFFFFFFF, "128 is missing"),
+    (exercises.check_unsigned_word, lambda w, s, z: (w - z * 0x01010101) * s & 0xFFFFFFFF, "128 is missing"),
 ]
 
 

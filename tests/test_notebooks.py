@@ -30,7 +30,15 @@ def tags(cell):
 
 
 def test_there_are_notebooks():
-    assert {"00_map", "01_outliers", "02_progressive_weights", "07_whole_comparison"} <= {p.stem for p in NOTEBOOKS}
+    assert {
+        "00_map",
+        "01_outliers",
+        "02_progressive_weights",
+        "07_whole_comparison",
+        "08_why_w4a8kv4",
+        "09_gemm_kernel",
+        "11_your_own_model",
+    } <= {p.stem for p in NOTEBOOKS}
 
 
 @each_notebook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipywidgets
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
@@ -27,6 +28,7 @@ def test_controls_start_at_the_defaults():
     ]
     assert [c.value for c in controls] == [4, 0.5, "a", 64]
     assert isinstance(canvas, go.FigureWidget) and canvas.layout.title.text == "a 4"
+    assert canvas._config["responsive"], "it follows the width of the page"
 
 
 def test_moving_a_control_redraws():
@@ -85,3 +87,43 @@ def test_a_changing_number_of_traces_is_refused():
 def test_wrong_ranges_are_named(ranges, sentence):
     with pytest.raises(ValueError, match=sentence):
         widgets.explore(figure, **ranges)
+
+
+def view(bits=4, on=True, kind="a"):
+    if bits == 7:
+        raise ValueError("bits: seven is <forbidden>")
+    return figure(bits, kind=kind), pd.DataFrame({"bits": [bits], "on": [on]})
+
+
+def test_a_dashboard_has_controls_a_table_and_a_figure():
+    board = widgets.dashboard(view, bits=(2, 8), on=[False, True], kind=["a", "b"])
+    assert [type(c) for c in board.controls.values()] == [ipywidgets.IntSlider, ipywidgets.Checkbox, ipywidgets.Dropdown]
+    assert isinstance(board.canvas, go.FigureWidget) and board.canvas.layout.title.text == "a 4"
+    assert "<td>4</td>" in board.table.value and "ready" in board.state.value
+    assert repr(board) == "dashboard(view, bits=4, on=True, kind='a')"
+
+
+def test_a_dashboard_redraws_figure_and_table():
+    board = widgets.dashboard(view, bits=(2, 8), on=[False, True], kind=["a", "b"])
+    board.controls["bits"].value, board.controls["on"].value, board.controls["kind"].value = 6, False, "b"
+    assert board.canvas.layout.title.text == "b 6"
+    assert "<td>6</td>" in board.table.value and "<td>False</td>" in board.table.value
+
+
+def test_a_dashboard_says_what_does_not_fit_and_goes_on():
+    board = widgets.dashboard(view, bits=(2, 8))
+    board.controls["bits"].value = 7
+    assert "seven is &lt;forbidden&gt;" in board.state.value and board.canvas.layout.title.text == "a 4"
+    board.controls["bits"].value = 8
+    assert "ready" in board.state.value and board.canvas.layout.title.text == "a 8"
+
+
+def test_other_errors_of_a_dashboard_surface():
+    def fragile(bits=4):
+        if bits == 6:
+            raise RuntimeError("six")
+        return view(bits)
+
+    board = widgets.dashboard(fragile, bits=(2, 8))
+    with pytest.raises(RuntimeError, match="six"):
+        board.controls["bits"].value = 6

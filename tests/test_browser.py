@@ -1,0 +1,324 @@
+"""Lessons and explorers in a real browser: JupyterLab and Voila without a screen, driven through Chromium.
+
+Everything runs on a copy, so that nothing here is changed. Screenshots stay in ``build/browser``. Skipped, with the reason,
+where Playwright or a browser is missing; it never downloads one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = ROOT / "build" / "browser"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+#: Seconds that a page with its kernel may take; a busy machine starts PyTorch slowly.
+PATIENCE_S = 150
+
+#: Opens a notebook, runs all of it, and waits until its kernel has nothing left to do.
+RUN_ALL = """async (path) => {
+  const app = window.jupyterapp; await app.started;
+  const panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'});
+  await panel.context.ready; await panel.sessionContext.ready; await panel.revealed;
+  await app.commands.execute('notebook:run-all-cells');
+  await panel.sessionContext.session.kernel.requestKernelInfo();
+}"""
+#: What the cells of the open notebook came to: [[execution count, tags, name of an error or null], ...].
+CELLS = """() => window.jupyterapp.shell.currentWidget.content.widgets
+  .filter((cell) => cell.model.type === 'code')
+  .map((cell) => [cell.model.executionCount, cell.model.getMetadata('tags') ?? [],
+    cell.model.sharedModel.getOutputs().filter((o) => o.output_type === 'error').map((o) => o.ename)[0] ?? null])"""
+CLOSE = """async () => {
+  const panel = window.jupyterapp.shell.currentWidget;
+  await panel.sessionContext.shutdown(); await panel.context.save(); panel.dispose();
+}"""
+
+
+def missing() -> str:
+    """Why there is no test here, or an empty text."""
+    for name in ("playwright", "jupyterlab"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed"
+    return "" if browser() else f"no browser among {', '.join(BROWSERS)}; on Debian: apt-get install chromium"
+
+
+def browser() -> str | None:
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=missing() or "all there")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def serve(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:
+    """Start a server in a process group of its own and wait until it answers."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return process
+        except OSError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.3)
+    stop(process)
+    raise AssertionError(f"{command[2]} did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and the kernels that it started."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, how)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The notebooks and the data beside them, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("course")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    (folder / "data").symlink_to(ROOT / "data", target_is_directory=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as play:
+        program = play.chromium.launch(executable_path=browser(), args=FLAGS)
+        yield program
+        program.close()
+
+
+@pytest.fixture(scope="module")
+def lab(copy):
+    """Address of JupyterLab on the copy: all cells drawn, no news, application object exposed to the page."""
+    settings = copy / "settings"
+    for plugin, values in {
+        "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "@jupyterlab/notebook-extension/tracker": {"windowingMode": "none"},
+    }.items():
+        path = settings / f"{plugin}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    port, token = free_port(), secrets.token_hex(8)
+    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}"]
+    command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={copy / 'notebooks'}"]
+    command += [f"--LabApp.user_settings_dir={settings}", "--LabApp.expose_app_in_browser=True"]
+    command += [f"--LabApp.workspaces_dir={copy / 'workspaces'}", "--ServerApp.port_retries=0"]
+    process = serve(command, f"http://127.0.0.1:{port}/api?token={token}", copy / "lab.log")
+    yield f"http://127.0.0.1:{port}/lab?token={token}&reset"
+    stop(process)
+
+
+class Watched:
+    """A page that remembers what it fetched from elsewhere and what it complained about."""
+
+    def __init__(self, program, width: int = 1280) -> None:
+        self.page = program.new_page(viewport={"width": width, "height": 1000})
+        self.page.set_default_timeout(1000 * PATIENCE_S)
+        self.elsewhere: list[str] = []
+        self.page.on("request", self._note)
+
+    def _note(self, request) -> None:
+        if not request.url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")):
+            self.elsewhere.append(request.url)
+
+
+@pytest.fixture(scope="module")
+def desk(chromium, lab):
+    watched = Watched(chromium)
+    watched.page.goto(lab)
+    watched.page.wait_for_function("() => window.jupyterapp")
+    return watched
+
+
+def settle(page, ready) -> None:
+    """Wait until ``ready()``: the page is polled, since some answers come from a model and not from the document."""
+    end = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert time.monotonic() < end, "nothing happened"
+        page.wait_for_timeout(200)
+
+
+def run_all(desk, path: str) -> None:
+    """Run a notebook from a fresh kernel; every cell has run, and only exercises failed."""
+    page = desk.page
+    page.evaluate(RUN_ALL, path)
+    settle(page, lambda: all(count for count, *_ in page.evaluate(CELLS)))
+    for count, tags, error in page.evaluate(CELLS):
+        assert (error == "NotImplementedError") == ("exercise" in tags), f"cell {count}: {error}"
+        assert error in (None, "NotImplementedError"), f"cell {count}: {error}"
+
+
+def title(scope) -> str:
+    return scope.locator(".gtitle").first.text_content()
+
+
+def control(scope, label: str):
+    """The control with a label."""
+    return scope.locator(".widget-inline-hbox, .widget-checkbox").filter(has_text=label).first
+
+
+def move(scope, label: str, value) -> None:
+    """Set a control as a person does: type into a slider's number, choose from a list, tick a box, press arrow keys."""
+    here = control(scope, label)
+    if isinstance(value, bool):
+        here.locator("input[type=checkbox]").set_checked(value)
+    elif isinstance(value, str) and value.startswith("Arrow"):
+        here.locator(".noUi-handle").press(value)
+    elif isinstance(value, str):
+        here.locator("select").select_option(value)
+    else:
+        number = here.locator(".widget-readout")
+        number.click()
+        number.fill(str(value))
+        number.press("Enter")
+
+
+#: Lesson, what to move, and what the figure's title says afterwards.
+LESSONS = [
+    ("00_map", [("batch", 8), ("context", "ArrowRight")], "8 users, 4096 tokens"),
+    ("02_progressive_weights", [], ""),
+    ("08_why_w4a8kv4", [("gpu", "L40S"), ("batch", "ArrowRight")], "on L40S: 128 users"),
+]
+
+
+@pytest.mark.parametrize(("name", "moves", "wanted"), LESSONS, ids=[name for name, *_ in LESSONS])
+def test_a_lesson_runs_and_its_controls_move_the_figure(desk, name, moves, wanted):
+    page = desk.page
+    run_all(desk, f"{name}.ipynb")
+    panel = page.locator(".jupyter-widgets.widget-vbox").filter(has=page.locator(".js-plotly-plot")).first
+    panel.locator(".gtitle").first.wait_for()
+    before = title(panel)
+    if not moves:  # any control will do: one step with the keyboard
+        panel.locator(".noUi-handle").first.press("ArrowRight")
+    for label, value in moves:
+        move(panel, label, value)
+    settle(page, lambda: title(panel) != before and wanted in title(panel))
+    panel.scroll_into_view_if_needed()
+    page.screenshot(path=SHOTS / f"{name}.png")
+    page.evaluate(CLOSE)
+
+
+#: Explorer, what to move in turn, and what its figure's title says afterwards.
+EXPLORERS = [
+    (
+        "quantiser_playground",
+        [("tensor", "q_proj"), ("bits", 3), ("zero", True), ("shared", "group of 64")],
+        "q_proj, layer 2, planted model: UINT3, one scale per group of 64",
+    ),
+    ("recipe_lab", [("smooth attention", False)], "planted model, W4A8KV4 g128: layer by layer"),
+    ("serving_calculator", [("gpu", "A100"), ("model", "Llama-2-7B"), ("batch", 100)], "Llama-2-7B on one A100: 100 users"),
+]
+each_explorer = pytest.mark.parametrize(("name", "moves", "wanted"), EXPLORERS, ids=[name for name, *_ in EXPLORERS])
+
+
+def play(page, moves, wanted: str) -> None:
+    """Move the controls of the explorer on a page and wait for figure and table to follow."""
+    board = page.locator(".widget-hbox").filter(has=page.locator(".qoqlab-state")).first
+    board.locator(".gtitle").first.wait_for()
+    table = board.locator(".qoqlab-table")
+    before = table.inner_text()
+    for label, value in moves:
+        move(board, label, value)
+    settle(page, lambda: wanted in title(board) and table.inner_text() != before)
+    assert board.locator(".qoqlab-state").inner_text() == "ready"
+
+
+@each_explorer
+def test_an_explorer_answers_in_jupyterlab(desk, name, moves, wanted):
+    run_all(desk, f"explorers/{name}.ipynb")
+    play(desk.page, moves, wanted)
+    desk.page.locator(".qoqlab-state").first.scroll_into_view_if_needed()
+    desk.page.screenshot(path=SHOTS / f"{name}.png")
+    desk.page.evaluate(CLOSE)
+
+
+def test_jupyterlab_needed_nothing_from_elsewhere(desk):
+    assert desk.elsewhere == []
+
+
+@pytest.fixture(scope="module")
+def voila(copy):
+    """Address of Voila on the explorers."""
+    if importlib.util.find_spec("voila") is None:
+        pytest.skip("voila is not installed")
+    port = free_port()
+    command = [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+    process = serve([*command, str(copy / "notebooks" / "explorers")], f"http://127.0.0.1:{port}/", copy / "voila.log")
+    yield f"http://127.0.0.1:{port}/voila/render"
+    stop(process)
+
+
+@each_explorer
+def test_an_explorer_answers_in_voila(chromium, voila, name, moves, wanted):
+    watched = Watched(chromium)
+    watched.page.goto(f"{voila}/{name}.ipynb")
+    play(watched.page, moves, wanted)
+    assert "import qoqlab" not in watched.page.inner_text("body"), "no code on a dashboard"
+    for width in (1280, 800):
+        watched.page.set_viewport_size({"width": width, "height": 1000})
+        watched.page.wait_for_timeout(400)  # figures redraw in their new width
+        # no figure is wider than the page
+        assert watched.page.locator(".main-svg").first.bounding_box()["width"] <= width
+        watched.page.screenshot(path=SHOTS / f"{name}_voila_{width}.png", full_page=True)
+    # Voila's own page asks a CDN for an icon font; nothing of ours may
+    assert [url for url in watched.elsewhere if "fontawesome" not in url] == []
+    watched.page.close()
+
+
+def test_the_site_draws_figures_and_formulas_without_a_server(chromium, tmp_path):
+    from qoqlab import site
+
+    site.build(tmp_path)
+    page = chromium.new_page(viewport={"width": 1280, "height": 1000})
+    elsewhere, complaints = [], []
+    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or elsewhere.append(r.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "index.html").as_uri())
+    page.get_by_text("08 · Why W4A8KV4").click()
+    assert page.locator("math").first.bounding_box()["height"] > 5
+    figure = page.locator("figure.plotly").nth(1)  # it has a slider of its own
+    figure.scroll_into_view_if_needed()
+    before = title(figure)
+    figure.locator(".slider-rail-touch-rect").click()  # the middle of the rail
+    settle(page, lambda: title(figure) != before)
+    page.screenshot(path=SHOTS / "site.png")
+    assert elsewhere == [] and complaints == []
+    page.close()

@@ -1,0 +1,39 @@
+"""Pictures of kernels: bits are those of the number, cells those of the lane."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+import pytest
+from qoqlab_kernels import lane_map
+
+from qoqlab import viz, viz_kernels
+
+TILE = lane_map("v5").query("warp == 0 and n < 16 and k < 32")
+
+
+def test_bits_read_from_the_highest_to_the_lowest():
+    figure = viz_kernels.bit_rows({"a": 0x80000001, "b": 0xFF}, "title", notes=("one", "two"))
+    assert isinstance(figure, go.Figure) and len(figure.data) == 1 and figure.layout.title.text == "title"
+    text = "".join(figure.data[0].text)
+    assert text == f"{0x80000001:032b}{0xFF:032b}" and list(figure.data[0].x[:3]) == [31, 30, 29]
+    assert [note.text for note in figure.layout.annotations] == ["one", "two"]
+    assert figure.layout.template.layout.colorway == viz.PALETTE
+
+
+@pytest.mark.parametrize("word", [-1, 1 << 32])
+def test_what_is_no_word_is_named(word):
+    with pytest.raises(ValueError, match=r"words: a is .*, which is no 32-bit word"):
+        viz_kernels.bit_rows({"a": word}, "title")
+
+
+def test_fields_share_a_colour():
+    colours = viz_kernels.bit_rows({"a": 0}, "title", width=4).data[0].marker.color
+    assert len(set(colours[:4])) == 1 and colours[3] != colours[4]
+
+
+def test_cells_are_those_of_the_lane():
+    figure = viz_kernels.lane_cells(TILE, 5, "title")
+    heat, marks = figure.data
+    assert heat.z.shape == (16, 32) and {int(heat.z[n, k]) for n, k in zip(marks.y, marks.x, strict=True)} == {5}
+    assert sorted(set(marks.text)) == ["r0", "r1", "r2", "r3"] and len(marks.x) == 16
+    assert len(viz_kernels.lane_cells(TILE, 99, "nobody").data) == 2
