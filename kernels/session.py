@@ -1,4 +1,4 @@
-"""Everything that the kernels need a GPU for, in one command of at most about ten minutes.
+"""Everything that the kernels need a GPU for, in one command of at most about eight minutes.
 
     python kernels/session.py --out RESULTS [--seconds 480] [--only smoke,bench] [--commit HASH]
 

@@ -295,15 +295,20 @@ def segment(unit, end, k_blocks):
     return tile, k, min(k_blocks, u32(k + (end - unit)))
 
 
-@device
-def store_quad(j, c0, c1, c2, c3, at):
-    ptx.stg4(at + u64(j * 2048), u32(c0), u32(c1), u32(c2), u32(c3))
+def part_movers(store: Callable, load: Callable, number: Callable, quads: int) -> tuple[Callable, Callable]:
+    """Device functions that leave a thread's accumulators at an address of the type ``number``, and that add what another
+    block left there. Quads of a thread lie 2048 bytes apart, those of neighbouring threads side by side."""
 
+    @device
+    def store_quad(j, c0, c1, c2, c3, at):
+        store(at + number(j * 2048), u32(c0), u32(c1), u32(c2), u32(c3))
 
-@device
-def add_quad(j, c0, c1, c2, c3, at):
-    v = ptx.ldg4(at + u64(j * 2048))
-    return i32(c0 + i32(v[0])), i32(c1 + i32(v[1])), i32(c2 + i32(v[2])), i32(c3 + i32(v[3]))
+    @device
+    def add_quad(j, c0, c1, c2, c3, at):
+        v = load(at + number(j * 2048))
+        return i32(c0 + i32(v[0])), i32(c1 + i32(v[1])), i32(c2 + i32(v[2])), i32(c3 + i32(v[3]))
+
+    return ptx.each_quad(store_quad, quads), ptx.map_quads(add_quad, quads)
 
 
 def combiner(tokens: int, parts: int) -> Callable:
@@ -312,7 +317,7 @@ def combiner(tokens: int, parts: int) -> Callable:
     Returns (accumulators, whether they are complete). ``parts``: groups of 128 threads in a worker. Every worker has room
     for the two tiles that it can share, one at each end of its run.
     """
-    store_part, add_part = ptx.each_quad(store_quad, tokens // 8), ptx.map_quads(add_quad, tokens // 8)
+    store_part, add_part = part_movers(ptx.stg4, ptx.ldg4, u64, tokens // 8)
     part_bytes = 64 * tokens * 4
 
     @device
@@ -348,24 +353,13 @@ def combiner(tokens: int, parts: int) -> Callable:
     return combine
 
 
-@device
-def send_quad(j, c0, c1, c2, c3, at):
-    ptx.sts4_remote(at + u32(j * 2048), u32(c0), u32(c1), u32(c2), u32(c3))
-
-
-@device
-def receive_quad(j, c0, c1, c2, c3, at):
-    v = ptx.lds4(at + u32(j * 2048))
-    return i32(c0 + i32(v[0])), i32(c1 + i32(v[1])), i32(c2 + i32(v[2])), i32(c3 + i32(v[3]))
-
-
 def gatherer(tokens: int, split: int) -> Callable:
     """Device function: the blocks of a cluster, which split a tile's inputs, bring their sums together through each other's
     shared memory. Outputs of warpgroup ``g`` are finished by block ``g``.
 
     Returns (accumulators, whether they are complete). Every thread of the cluster has to meet the barrier inside.
     """
-    send, receive = ptx.each_quad(send_quad, tokens // 8), ptx.map_quads(receive_quad, tokens // 8)
+    send, receive = part_movers(ptx.sts4_remote, ptx.lds4, u32, tokens // 8)
     part_bytes = 64 * tokens * 4
 
     @device
@@ -605,11 +599,11 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
     received_at = ring.received
     out_bytes, everybody = 2 * min(tokens, 32) * 128, (1 << cluster) - 1
     # With half of the shared memory two blocks share a multiprocessor: one computes while the other waits, finishes a tile,
-    # or, as a block of the next kernel, already fetches. Then one unit at a time is enough, and takes few registers.
+    # or, as a block of the next kernel, already fetches. At 64 tokens half of the registers hold one unit at a time only.
     residents = 2 if ring.total <= SHARED_HALF and tokens <= 64 else 1
     deep = residents == 1 or tokens <= 32
     # wide tiles take nearly all registers for their accumulators: the producers give theirs away
-    wide = tokens >= 128 and residents == 1
+    wide = tokens >= 128
     few, many = (40, 232) if tokens == 256 else (56, 224)  # together what 384 threads have at 168 each
     give, take = ptx.limit_registers(few), ptx.claim_registers(many)
     unpack, write = unpacker(form.groups, ptx.lds1, ptx.lds4), writer(tokens, form, store_sm90)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import cases, launch, layout
+from qoqlab_kernels import cases, gemm, launch, layout, matmul
+from qoqlab_kernels.plan import Plan
 
 from .simulator import Simulator
 
@@ -87,8 +88,23 @@ def test_without_a_simulator_tensors_must_be_on_a_gpu() -> None:
 
 def test_without_numba_cuda_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba alone simulates kernels but cannot compile them as we do."""
-    from qoqlab_kernels import gemm
-
     monkeypatch.setattr(launch, "_installed", lambda name: name != "numba-cuda")
     with pytest.raises(RuntimeError, match=r'pip install "qoqlab\[cu13\]".* or set NUMBA_ENABLE_CUDASIM=1'):
         launch.to_ltoir(gemm.v1(gemm.Form(1)), (8, 0))
+
+
+def test_a_kernel_that_the_assembler_slowed_down_is_noticed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = "ptxas info : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    monkeypatch.setenv("QOQLAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(launch, "to_ltoir", lambda *_: b"")
+    monkeypatch.setattr(launch, "to_binary", lambda *_: (b"code", report))
+    with pytest.warns(RuntimeWarning, match=r"v3.*C7512"):
+        assert launch.binary(gemm.v3, (gemm.Form(1),), (9, 0))[1] == b"code"
+
+
+def test_a_split_into_more_blocks_than_units_is_refused() -> None:
+    packed = layout.pack_weight(cases.weight(64, 256))
+    a = cases.activations(3, 256)
+    x, out = layout.tile_activations(a.codes, a.scales), torch.empty(3, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="plan: 4 blocks cannot split 2 units of 128 inputs"):
+        matmul.run(Plan("v5", 8, 2, 3, split=4), gemm.Form(1), x, packed, None, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from unittest import mock
@@ -15,7 +16,7 @@ from qoqlab_kernels import plan as exported
 from qoqlab_kernels.cases import BATCHES, LAYERS
 from qoqlab_kernels.gemm import SHARED_HALF, SHARED_LIMIT, Form, Ring, stages_that_fit
 from qoqlab_kernels.layout import MAX_K
-from qoqlab_kernels.plan import TOKENS, Plan, key, plan_for, remember, rules, tuned, version_for
+from qoqlab_kernels.plan import SHIPPED, TOKENS, Plan, key, plan_for, remember, rules, tuned, version_for
 
 #: Shared memory of one block: GeForce of 8.6 and 8.9 have the least.
 SHARED_LIMIT_SM89 = 99 * 1024
@@ -210,6 +211,37 @@ def test_names_of_tuned_points() -> None:
     assert key("H", 17, 4096, 4096, 4) == "H|m32|4096x4096|g32"
     assert key("H", 64, 4096, 4096, 0) == "H|m64|4096x4096|channel"
     assert key("H", 65, 64, 32, 2) == "H|m128|64x32|g64"
+
+
+TABLE = json.loads(SHIPPED.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2, 4])
+@pytest.mark.parametrize("name", TABLE)
+def test_shipped_plans_fit_every_grouping(name: str, groups: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QOQLAB_KERNEL", raising=False)
+    gpu, m, shape, form = name.split("|")
+    n, k = map(int, shape.split("x"))
+    assert (gpu, form) == ("sm_90ax132", "g128")
+    p = plan_for(int(m[1:]), n, k, Form(groups), (9, 0), 132, gpu)
+    measured = Plan(**TABLE[name])
+    assert p == (measured if groups == 1 else dataclasses.replace(measured, stages=p.stages))
+    program = gemm.VERSIONS["v5"](*p.constants(Form(groups)))
+    assert 2 <= p.stages <= measured.stages and program.shared <= SHARED_LIMIT
+    at_once = gemm.VERSIONS["v5"](*measured.constants(Form(1))).residents
+    assert program.residents == at_once and p.split <= k // 128
+
+
+def test_splits_that_cannot_work_are_refused() -> None:
+    for split in (0, 3, 16):
+        with pytest.raises(ValueError, match=f"split: {split}; 1, 2, 4 or 8 blocks"):
+            Plan("v5", 16, 2, 4, split=split)
+    with pytest.raises(ValueError, match="without a cluster of another kind"):
+        Plan("v5", 16, 2, 4, 2, split=2)
+    with pytest.raises(ValueError, match="split: 2; 1, 2, 4 or 8 blocks, only in v5"):
+        Plan("v4", 16, 1, 4, split=2)
+    with pytest.raises(ValueError, match="cannot finish the outputs of 3 warpgroups"):
+        Plan("v5", 16, 3, 4, split=2)
 
 
 def test_tuned_points_come_before_rules(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
