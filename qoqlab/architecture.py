@@ -85,6 +85,13 @@ class Block:
         """RMSNorm over the head dimension of queries (Qwen3), or None."""
         return getattr(self.attention, "q_norm", None)
 
+    @property
+    def window(self) -> int | None:
+        """How many of the latest tokens, its own included, a token attends to; None: all."""
+        if hasattr(self.attention, "sliding_window"):  # Qwen2 and Qwen3 decide layer by layer
+            return self.attention.sliding_window  # type: ignore[return-value]
+        return getattr(self.attention.config, "sliding_window", None)
+
     def set_linear(self, role: str, module: nn.Module) -> None:
         """Replace a linear."""
         self.layer.set_submodule(LINEARS[role], module)
@@ -106,6 +113,19 @@ class Architecture:
     def final_norm(self) -> nn.Module:
         """RMSNorm in front of the head."""
         return self.model.model.norm  # type: ignore[return-value]
+
+    def rotary(self, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[length, D / 2]`` of rotary positions 0 .. length - 1, scaled as the configuration says.
+
+        Frequencies that depend on the length of a sequence ("dynamic", "longrope") are those for ``length``.
+        """
+        module = self.model.model.rotary_emb  # type: ignore[union-attr]
+        device = self.embedding.weight.device
+        positions = torch.arange(length, device=device)[None]
+        with torch.no_grad():
+            cos, sin = module(torch.zeros(1, dtype=dtype, device=device), positions)  # type: ignore[operator]
+        half = cos.shape[-1] // 2  # both halves are alike
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     @property
     def head(self) -> nn.Linear:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from . import exact
 from .affine import Affine, quantize_per_token_s8
-from .checks import require_codes, require_finite, require_float, shape_of
+from .checks import require_codes, require_finite, require_float, require_rows, shape_of
 from .grids import Zero
 from .grouped import Grouped
 from .progressive import ProgressiveWeight
@@ -183,3 +184,52 @@ def kv4_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
     grouped = query.float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, Hq / Hkv, D]
     scores = grouped @ k.float().transpose(-1, -2) * (dim**-0.5 if scale is None else scale)
     return (scores.softmax(-1) @ v.float()).flatten(1, 2).to(query.dtype)
+
+
+def rms_norm_s8(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Affine:
+    """RMSNorm, then INT8 per token: what feeds the q, k, v GEMM (paper section 5.1, figure 11).
+
+    ``x [..., K]`` float, ``weight [K]``, ``eps`` > 0. The norm is `exact.rms_norm`, a true RMSNorm (QServe's kernel
+    subtracts the mean). An all-zero token gives zero codes and scale 1. Raises TypeError or ValueError for wrong
+    operands, NaN, infinity.
+    """
+    _require_norm("x", x, weight, eps)
+    return quantize_per_token_s8(exact.rms_norm(x, weight, eps))
+
+
+def add_rms_norm_s8(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[Affine, torch.Tensor]:
+    """Residual add, RMSNorm, INT8 per token: (quantised norm of the sum, the sum ``x + residual`` in x's dtype).
+
+    ``x``, ``residual`` ``[..., K]`` of one dtype; otherwise as `rms_norm_s8`.
+    """
+    _require_norm("x", x, weight, eps)
+    require_finite("residual", residual)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual: expected {x.dtype} of shape {shape_of(x)} as x, got {residual.dtype} of shape {shape_of(residual)}"
+        )
+    total = residual + x
+    return rms_norm_s8(total, weight, eps), total
+
+
+def silu_mul_s8(gate_up: torch.Tensor) -> Affine:
+    """``silu(gate) * up``, then INT8 per token: what feeds the down projection.
+
+    ``gate_up [..., 2 I]`` float, the gate in the first half, as the fused GEMM leaves them; codes ``[..., I]``. The
+    activation is `exact.silu_mul`. Raises TypeError or ValueError for wrong operands, NaN, infinity.
+    """
+    require_finite("gate_up", gate_up)
+    if gate_up.ndim == 0 or gate_up.shape[-1] % 2 or gate_up.shape[-1] == 0:
+        raise ValueError(f"gate_up: expected [..., 2 I], gate and up side by side, got {shape_of(gate_up)}")
+    return quantize_per_token_s8(exact.silu_mul(gate_up))
+
+
+def _require_norm(name: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    require_rows(name, x)
+    require_finite("weight", weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected shape {x.shape[-1]}, one gain per input, got {shape_of(weight)}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a positive number, got {eps!r}")

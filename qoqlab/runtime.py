@@ -2,24 +2,65 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import attention, online, reference
+from . import arithmetic, attention, engine, online, reference
 from .architecture import Block, describe
 from .attention import Mode
-from .checks import require_enum
-from .grids import Grid
+from .cached_attention import KernelAttention, ReferenceAttention, Shape
+from .checks import require_count, require_enum
+from .engine import Engine
+from .grids import INT8, Grid
 from .grouped import Grouped
+from .kv import KVFormat
 from .online import Online, OnlineLinear
 from .schemes import ActivationFormat, Scheme, WeightFormat, WeightKind, pack, quantize_activations
 from .tensorfile import take
 
 QuantizedWeight = reference.QuantizedWeight
+#: Environment variable: "reference" keeps RUNTIME mode on `reference` where the GPU's kernels could compute the same.
+CHOICE = "QOQLAB_RUNTIME"
+#: Oldest GPU that the kernels run on.
+CAPABILITY = (8, 0)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """`qoqlab_kernels`, None (said once) where it or its compiler is not installed."""
+    try:
+        metadata.version("numba-cuda")  # numba alone only simulates kernels
+        import qoqlab_kernels
+        from qoqlab_kernels.ptx import SIMULATED
+
+        return None if SIMULATED else qoqlab_kernels
+    except Exception as error:  # of a broken driver too: the reference computes the same, only slower
+        warnings.warn(
+            f"qoqlab_kernels: not usable ({type(error).__name__}: {error}); layers on the GPU compute by qoqlab.reference",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def kernels(device: torch.device) -> ModuleType | None:
+    """The kernels' package if it runs on ``device``: an NVIDIA GPU of compute capability 8.0 or newer, `numba-cuda`
+    installed. None otherwise, and where the environment variable ``QOQLAB_RUNTIME`` is "reference"."""
+    choice = os.environ.get(CHOICE, "")
+    if choice not in ("", "kernels", "reference"):
+        raise ValueError(f"{CHOICE}: expected kernels or reference, got {choice!r}")
+    if choice == "reference" or device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return None
+    return _kernels()
 
 
 class QuantLinear(nn.Module):
@@ -28,6 +69,8 @@ class QuantLinear(nn.Module):
     Codes are stored packed beside their scales, in the buffers that `WeightFormat.layout` names. In SIMULATED mode the
     weight is dequantised once and kept; in RUNTIME mode an exact integer GEMM runs (`reference.w4a8_matmul`, or
     `reference.grouped_matmul` where floating-point scales change along K) and its fp16 result is cast to the input's dtype.
+    On a GPU the same result, bit for bit, comes from `qoqlab_kernels.w4a8_gemm` where the kernels are installed and take the
+    weight (`kernels`); its packed form is made once and kept, and inputs are not searched for NaN.
     Unquantised activations meet the dequantised weight in both modes, as in weight-only kernels. ``transform`` is
     applied to the input first (see `online`).
     """
@@ -51,6 +94,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.online = transform
         self._dequantized: torch.Tensor | None = None
+        self._packed: Any = None  # the weight as the kernels read it; False: they cannot hold it
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -69,11 +113,11 @@ class QuantLinear(nn.Module):
             if name != "bias":
                 moved = self.get_buffer(name)
                 setattr(self, name, moved if moved.dtype == tensor.dtype else tensor.to(moved.device))
-        self._dequantized = None
+        self._dequantized = self._packed = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dequantized = None
+        self._dequantized = self._packed = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +126,9 @@ class QuantLinear(nn.Module):
             x = self.online(x)
         if self.mode is Mode.RUNTIME and self.activations is not None:
             self._dequantized = None
+            y = self._by_kernels(x)
+            if y is not None:
+                return y
             codes, weight = quantize_activations(x, self.activations), self.quantized
             if isinstance(codes, Grouped) or isinstance(weight, Grouped):
                 return reference.grouped_matmul(codes, weight, self.bias).to(x.dtype)
@@ -92,6 +139,27 @@ class QuantLinear(nn.Module):
             x = quantize_activations(x, self.activations).dequantize(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self._dequantized, bias)
+
+    def _by_kernels(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's result by the GPU's kernels, None where they do not apply."""
+        per_token = ActivationFormat(INT8)
+        if self.activations not in (INT8, per_token) or x.numel() == 0 or x.shape[-1] != self.in_features:
+            return None
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return None
+        qk = kernels(x.device)
+        if qk is None:
+            return None
+        if self._packed is None:
+            try:
+                self._packed = qk.pack_weight(self.quantized)
+            except (TypeError, ValueError):  # another format, or sizes that are no multiples of 32
+                self._packed = False
+        if self._packed is False or self._packed.device != x.device:
+            return None
+        tokens = qk.quantize_activations(x.reshape(-1, x.shape[-1]))
+        y = qk.w4a8_gemm(tokens, None, self._packed, self.bias)
+        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -183,10 +251,71 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(floats.values()) + sum(m.storage_bytes() for m in quantized_layers)
 
 
+@torch.no_grad()
+def compile(
+    q: Any,
+    device: str | torch.device = "cuda",
+    max_batch: int = 64,
+    max_tokens: int = 2048,
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """An `engine.Engine` that runs a quantised model: on the kernels where ``device`` is a GPU, on `reference` on the CPU.
+
+    ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as
+    "qoq-g128" and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of
+    activations, by default the model's own, but fp16 for an fp32 model on a GPU.
+
+    Raises TypeError for another architecture or dtype; ValueError for a layer that engines cannot run, naming it;
+    RuntimeError where ``device`` is a GPU and the kernels (extra "cu13" or "cu12") or the GPU are missing.
+    """
+    architecture = describe(q.model if hasattr(q, "recipe") else q)
+    require_count("max_batch", max_batch, 1)
+    require_count("max_tokens", max_tokens, 1)
+    place = torch.device(device)
+    form = engine.check(architecture)
+    own = architecture.embedding.weight.dtype
+    on_gpu = place.type == "cuda"
+    dtype = dtype or (torch.float16 if on_gpu and own == torch.float32 else own)
+    known = (torch.float16, torch.bfloat16) if on_gpu else (torch.float16, torch.bfloat16, torch.float32)
+    if dtype not in known:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, known))} on {place.type}, got {dtype}")
+    first = architecture.blocks[0]
+    shape = Shape(len(architecture.blocks), first.heads, first.kv_heads, first.head_dim, max_batch, max_tokens)
+    if not on_gpu:
+        cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
+        norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
+        attend = ReferenceAttention(shape, form, (cos, sin), norms, dtype)
+        plain = arithmetic.ReferenceOps(dtype)
+        return Engine(engine.network_of(architecture, plain, place), plain, attend, (max_batch, max_tokens))
+    if form != KVFormat():
+        raise ValueError(f"q: keys and values in {form}; on a GPU an engine needs UINT4 per token, as in qoq-g128")
+    for block in architecture.blocks:
+        for role, linear in block.linears():
+            problem = arithmetic.kernel_problem(linear.quantized)
+            if problem:
+                raise ValueError(f"q: the kernels cannot multiply by {block.name(role)}: {problem}")
+    package = kernels(place) if torch.cuda.is_available() else None
+    if package is None:
+        raise RuntimeError(
+            f"device: {place}; an engine on a GPU needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, the kernels "
+            f'(pip install "qoqlab[cu13]", or cu12) and no {CHOICE}=reference'
+        )
+    if place.index is None:
+        place = torch.device("cuda", torch.cuda.current_device())
+    with torch.cuda.device(place):
+        cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
+        norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
+        fast = KernelAttention(package, shape, (cos, sin), norms)
+        ops = arithmetic.KernelOps(package, dtype)
+        return Engine(engine.network_of(architecture, ops, place), ops, fast, (max_batch, max_tokens))
+
+
 __all__ = [
     "Mode",
     "QuantLinear",
+    "compile",
     "install",
+    "kernels",
     "layer_from",
     "mode",
     "quantized",

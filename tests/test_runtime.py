@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -318,3 +319,78 @@ def test_biases_of_a_16_bit_model_do_not_change_the_output_dtype() -> None:
     layer = QuantLinear(make(PROGRESSIVE)[1], torch.randn(24), INT8)
     assert layer(torch.randn(2, 128, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+
+
+class Kernels:
+    """What a layer uses of `qoqlab_kernels`, computed by the reference."""
+
+    def __init__(self) -> None:
+        self.packed = 0
+        self.products = 0
+
+    def pack_weight(self, weight):
+        self.packed += 1
+        if weight.shape[0] % 32 or not isinstance(weight, progressive.ProgressiveWeight):
+            raise ValueError("weight: does not fit")
+        return type("Packed", (), {"weight": weight, "device": weight.codes.device})()
+
+    def quantize_activations(self, x):
+        assert x.ndim == 2
+        return affine.quantize_per_token_s8(x)
+
+    def w4a8_gemm(self, x, scales, packed, bias):
+        self.products += 1
+        return reference.w4a8_matmul(x, packed.weight, bias)
+
+
+def test_runtime_mode_takes_the_kernels_where_they_apply(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = Kernels()
+    monkeypatch.setattr(runtime, "kernels", lambda device: used)
+    _, quantized = make(PROGRESSIVE, 32)
+    layer = QuantLinear(quantized, torch.randn(32), ActivationFormat(INT8))
+    x = torch.randn(2, 3, 128).half()
+    layer(x)
+    assert used.products == 0  # SIMULATED mode
+    layer.mode = Mode.RUNTIME
+    want = reference.w4a8_matmul(x, quantized, layer.bias)
+    assert torch.equal(layer(x), want) and torch.equal(layer(x), want)
+    assert (used.packed, used.products) == (1, 2)
+    layer.float()
+    assert torch.equal(layer(x), want) and used.packed == 2  # packed again where buffers may have moved
+    with pytest.raises(ValueError, match="x: last dimension 64"):
+        layer(x[..., :64])
+
+
+@pytest.mark.parametrize(
+    ("form", "n", "activations"),
+    [(PROGRESSIVE, 24, INT8), (GROUPS, 32, INT8), (PROGRESSIVE, 32, INT4), (PROGRESSIVE, 32, ACTIVATIONS["INT4-clipped"])],
+)
+def test_other_layers_compute_by_the_reference(form, n: int, activations, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, quantized = make(form, n)
+    x = torch.randn(3, 128)
+    layer = QuantLinear(quantized, None, activations)
+    layer.mode = Mode.RUNTIME
+    want, used = layer(x), Kernels()
+    monkeypatch.setattr(runtime, "kernels", lambda device: used)
+    assert torch.equal(layer(x), want) and torch.equal(layer(x), want)
+    assert used.products == 0 and used.packed <= 1
+
+
+def test_the_kernels_are_for_gpus_and_may_be_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime.kernels(torch.device("cpu")) is None
+    monkeypatch.setenv(runtime.CHOICE, "reference")
+    assert runtime.kernels(torch.device("cuda")) is None
+    monkeypatch.setenv(runtime.CHOICE, "fast")
+    with pytest.raises(ValueError, match="QOQLAB_RUNTIME: expected kernels or reference, got 'fast'"):
+        runtime.kernels(torch.device("cpu"))
+
+
+def test_missing_kernels_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime._kernels.cache_clear()
+    monkeypatch.setitem(sys.modules, "qoqlab_kernels", None)
+    try:
+        with pytest.warns(RuntimeWarning, match="qoqlab_kernels: not usable"):
+            assert runtime._kernels() is None
+        assert runtime._kernels() is None
+    finally:
+        runtime._kernels.cache_clear()

@@ -8,6 +8,9 @@ Needs numba-cuda (``pip install "qoqlab[cu13]"``) and a GPU of compute capabilit
 simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
 
+from .attention import kv4_attention
+from .cache import PagedKV4
+from .fused import add_rms_norm, add_rms_norm_s8, rms_norm, rms_norm_s8, rope_kv4_append, silu_mul_s8
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
 from .matmul import plan, quantize_activations, w4a8_gemm
@@ -16,11 +19,19 @@ from .plan import Plan
 __all__ = [
     "Activations",
     "PackedWeight",
+    "PagedKV4",
     "Plan",
+    "add_rms_norm",
+    "add_rms_norm_s8",
+    "kv4_attention",
     "lane_map",
     "pack_weight",
     "plan",
     "quantize_activations",
+    "rms_norm",
+    "rms_norm_s8",
+    "rope_kv4_append",
+    "silu_mul_s8",
     "unpack",
     "w4a8_gemm",
 ]

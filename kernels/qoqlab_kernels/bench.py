@@ -1,6 +1,7 @@
 """Benchmark of the kernels beside their bounds and their peers, on this machine's GPU.
 
     python -m qoqlab_kernels.bench gemm --json data/benchmarks/gemm.json
+    python -m qoqlab_kernels.bench elementwise        (module `bench_elementwise`)
 
 times the W4A8 GEMM on the four linear layers of a Llama-3-8B block. Every result is compared with an exact reference,
 element by element, before it is timed and while; every peer with fp64, to its own precision. kernels/README.md says how to
@@ -24,7 +25,7 @@ from qoqlab import reference
 from qoqlab.affine import Affine, quantize_per_token_s8
 from qoqlab.progressive import ProgressiveWeight
 
-from . import cases, gemm, matmul, measure
+from . import bench_decode, bench_elementwise, bench_kv4, cases, gemm, matmul, measure
 from .layout import Activations, PackedWeight, pack_weight, tile_activations
 from .plan import Plan
 
@@ -344,12 +345,15 @@ def parse(arguments: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Time the kernels on this GPU.")
     commands = parser.add_subparsers(dest="what", required=True)
     command = commands.add_parser("gemm", help="the W4A8 GEMM on the linear layers of a model")
+    commands.add_parser("decode", help="a whole decode step beside fp16", add_help=False)  # see `main`
+    commands.add_parser("kv4_decode", help="decode attention on the KV4 cache (its own options: kv4_decode --help)")
     command.add_argument("--shapes", default="llama-3-8b", choices=sorted(SHAPES), help="whose layers")
     command.add_argument("--m", default=",".join(map(str, cases.BATCHES)), help="numbers of tokens, separated by commas")
     command.add_argument("--groups", default="128,channel", help=f"of {', '.join(GROUPS)}, separated by commas")
     command.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     command.add_argument("--json", type=Path, help="write the record here")
     command.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
+    commands.add_parser("elementwise", help="what lies between the GEMMs", add_help=False)  # see `main`
     known = parser.parse_args(arguments)
     try:
         batches = measure.numbers(known.m, "--m")
@@ -380,6 +384,12 @@ def bench_gemm(options: Options, command: Sequence[str], json: Path | None, comm
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["elementwise"]:
+        return bench_elementwise.main(given[1:])
+    if given[:1] == ["decode"]:
+        return bench_decode.main(given[1:])
+    if given[:1] == ["kv4_decode"]:
+        return bench_kv4.main(given[1:])
     options, known = parse(given)
     command = measure.command_line(MODULE, given)
     return measure.guarded(MODULE, lambda: bench_gemm(options, command, known.json, known.commit))

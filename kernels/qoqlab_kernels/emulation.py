@@ -151,6 +151,10 @@ def lds1(at: int) -> np.uint32:
     return _load(_block().shared_bytes(at, 4, 4))[0]
 
 
+def lds2(at: int) -> tuple:
+    return _load(_block().shared_bytes(at, 8, 8))
+
+
 def lds4(at: int) -> tuple:
     return _load(_block().shared_bytes(at, 16, 16))
 
@@ -163,12 +167,27 @@ def ldg1(at: int) -> np.uint32:
     return _load(_block().global_bytes(at, 4, 4))[0]
 
 
+ldr1 = ldg1
+
+
 def ldg4(at: int) -> tuple:
     return _load(_block().global_bytes(at, 16, 16))
 
 
 def stg1(at: int, value: Any) -> None:
     _block().global_bytes(at, 4, 4).view(np.uint32)[0] = value
+
+
+def st_byte(at: int, value: Any) -> None:
+    _block().global_bytes(at, 1, 1)[0] = int(value) & 0xFF
+
+
+def prefetch(at: int) -> None:
+    _block().global_bytes(at, 1, 1)
+
+
+def stg2(at: int, *values: Any) -> None:
+    _block().global_bytes(at, 8, 8).view(np.uint32)[:] = values
 
 
 def stg4(at: int, *values: Any) -> None:
@@ -252,8 +271,43 @@ def round_half(value: Any) -> np.float32:
         return np.float32(np.float16(np.float32(value)))
 
 
+def _pairwise(unpack: Callable, pack: Callable, operation: Callable) -> Callable:
+    """An operation on pairs of 16-bit numbers: fp32 holds their products, and sums whose second rounding does no harm."""
+
+    def paired(a: Any, b: Any) -> np.uint32:
+        return pack(*(operation(x, y) for x, y in zip(unpack(a), unpack(b), strict=True)))
+
+    return paired
+
+
+multiply_halves, multiply_bfloats = (
+    _pairwise(unpack_half, pack_half, multiply),
+    _pairwise(unpack_bfloat, pack_bfloat, multiply),
+)
+add_halves, add_bfloats = _pairwise(unpack_half, pack_half, add), _pairwise(unpack_bfloat, pack_bfloat, add)
+
+
+def fuse(a: Any, b: Any, c: Any) -> np.float32:
+    """In fp64 the product is exact; the sum is rounded to odd there, so that rounding it once more is rounding once."""
+    product, c = float(a) * float(b), float(c)
+    total = product + c
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    if error and not np.float64(total).view(np.uint64) & np.uint64(1):
+        total = float(np.nextafter(total, np.inf if error > 0 else -np.inf))
+    return np.float32(total)
+
+
 def divide(a: Any, b: Any) -> np.float32:
     return np.float32(a) / np.float32(b)
+
+
+def root(value: Any) -> np.float32:
+    return np.sqrt(np.float32(value))
+
+
+def reciprocal(value: Any) -> np.float32:
+    return np.float32(1) / np.float32(value)
 
 
 def absolute(value: Any) -> np.float32:
@@ -264,12 +318,37 @@ def maximum(a: Any, b: Any) -> np.float32:
     return np.float32(np.fmax(a, b))
 
 
+def minimum(a: Any, b: Any) -> np.float32:
+    return np.float32(np.fmin(a, b))
+
+
+def _larger(x: Any, y: Any) -> np.float32:
+    return maximum(absolute(x), absolute(y))
+
+
+largest_halves, largest_bfloats = _pairwise(unpack_half, pack_half, _larger), _pairwise(unpack_bfloat, pack_bfloat, _larger)
+
+
 def as_int(value: Any) -> np.int32:
     return np.float32(value).view(np.int32)
 
 
 def round_to_byte(value: Any) -> np.uint32:
     return np.uint32(int(np.clip(np.rint(value), -127, 127)) & 0xFF)
+
+
+def exp2(value: Any) -> np.float32:
+    with np.errstate(over="ignore", under="ignore"):
+        result = np.exp2(np.float32(value))
+    return result if result >= np.float32(2.0**-126) or np.isnan(result) else np.float32(0)
+
+
+def subtract_pair(a: Any, b: Any) -> np.uint32:
+    return pack_half(*(x - y for x, y in zip(unpack_half(a), unpack_half(b), strict=True)))
+
+
+def fuse_pair(a: Any, b: Any, c: Any) -> np.uint32:
+    return pack_half(*(x * y + z for x, y, z in zip(unpack_half(a), unpack_half(b), unpack_half(c), strict=True)))
 
 
 def dp4a(weights: Any, activations: Any, total: Any) -> np.int32:
@@ -279,6 +358,22 @@ def dp4a(weights: Any, activations: Any, total: Any) -> np.int32:
 
 def shuffle_xor(value: Any, mask: Any) -> np.int32:
     return _warp((value,), lambda lanes: [lanes[k ^ int(mask)][0] for k in range(32)])
+
+
+def largest_of_warp(value: Any) -> np.uint32:
+    return _warp((int(value),), lambda lanes: [np.uint32(max(lane[0] for lane in lanes))] * 32)
+
+
+def sum_of_warp(value: Any) -> np.int32:
+    return _warp((int(value),), lambda lanes: [np.int32(sum(lane[0] for lane in lanes))] * 32)
+
+
+def shuffle_up(value: Any, by: Any) -> np.int32:
+    return _warp((value,), lambda lanes: [lanes[k - int(by) if k >= int(by) else k][0] for k in range(32)])
+
+
+def warp_barrier() -> None:
+    _meet(("warp", _thread() // 32), 32)
 
 
 # -- barriers and copies --------------------------------------------------------------------------------------------------
@@ -402,6 +497,21 @@ def mma(*registers: Any) -> tuple:
         parts = _scatter(weights @ x.T)
         return [
             tuple(np.int32(c) + p for c, p in zip(lane[:4], part, strict=True))
+            for lane, part in zip(lanes, parts, strict=True)
+        ]
+
+    return _warp(registers, compute)
+
+
+def mma_half(*registers: Any) -> tuple:
+    def compute(lanes: list) -> list:
+        words = np.array([lane[4:10] for lane in lanes], np.uint32)
+        numbers = words.view(np.float16).astype(np.float32).reshape(8, 4, 6, 2)  # g, q, register, odd
+        a = numbers[:, :, :4].reshape(8, 4, 2, 2, 2).transpose(3, 0, 2, 1, 4).reshape(16, 16)  # high g, half q odd
+        b = numbers[:, :, 4:].transpose(0, 2, 1, 3).reshape(8, 16)
+        parts = _scatter(a.astype(np.float64) @ b.astype(np.float64).T)
+        return [
+            tuple(np.float32(np.float64(c) + p) for c, p in zip(lane[:4], part, strict=True))
             for lane, part in zip(lanes, parts, strict=True)
         ]
 

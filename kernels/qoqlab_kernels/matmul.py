@@ -243,7 +243,11 @@ def workspace(plan: Plan, tiles: int, device: torch.device) -> tuple[torch.Tenso
         nothing = torch.empty(1, dtype=torch.int32, device=device)
         return nothing.view(torch.uint8), nothing
     groups = plan.cluster * plan.warpgroups
-    size, count = plan.workers * 2 * groups * 64 * plan.tokens * 4, tiles * groups
+    return room(plan.workers * 2 * groups * 64 * plan.tokens * 4, tiles * groups, device)
+
+
+def room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """At least ``size`` bytes and ``count`` zeroed counters for a launch on the current stream; see `workspace`."""
     place: tuple = (device,)
     capture = 0
     if device.type == "cuda":

@@ -110,10 +110,16 @@ else:
 
 
 lds1 = instruction("lds1", "ld.shared.u32 $0, [$1];", (u32,), (u32,))
+lds2 = instruction("lds2", "ld.shared.v2.u32 {$0, $1}, [$2];", (u32,) * 2, (u32,))
 lds4 = instruction("lds4", "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (u32,))
 sts1 = instruction("sts1", "st.shared.u32 [$0], $1;", (), (u32, u32))
 ldg1 = instruction("ldg1", "ld.global.nc.u32 $0, [$1];", (u32,), (u64,))
 ldg4 = instruction("ldg4", "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];", (u32,) * 4, (u64,))
+#: from L2, so also what another multiprocessor wrote while this kernel waited
+ldr1 = instruction("ldr1", "ld.relaxed.gpu.global.u32 $0, [$1];", (u32,), (u64,))
+st_byte = instruction("st_byte", "st.global.u8 [$0], $1;", (), (u64, u32))
+prefetch = instruction("prefetch", "prefetch.global.L2 [$0];", (), (u64,))
+stg2 = instruction("stg2", "st.global.v2.u32 [$0], {$1, $2};", (), (u64, u32, u32))
 stg4 = instruction("stg4", "st.global.v4.u32 [$0], {$1, $2, $3, $4};", (), (u64, u32, u32, u32, u32))
 atomic_inc = instruction("atomic_inc", "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", (u32,), (u64,))
 stg1 = instruction("stg1", "st.global.u32 [$0], $1;", (), (u64, u32))
@@ -151,6 +157,41 @@ widen_half = instruction("widen_half", "{ .reg .b16 l; cvt.u16.u32 l, $1; cvt.f3
 round_half = instruction(
     "round_half", "{ .reg .b16 l; cvt.rn.f16.f32 l, $1; cvt.f32.f16 $0, l; }", (f32,), (f32,), pure=True
 )
+#: pairs of fp16 or bf16: every product and sum rounded once (a bf16 product is an fma with -0, which changes nothing)
+multiply_halves = instruction("multiply_halves", "mul.rn.f16x2 $0, $1, $2;", (u32,), (u32, u32), pure=True)
+add_halves = instruction("add_halves", "add.rn.f16x2 $0, $1, $2;", (u32,), (u32, u32), pure=True)
+multiply_bfloats = instruction(
+    "multiply_bfloats",
+    "{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zero; }",
+    (u32,),
+    (u32, u32),
+    pure=True,
+)
+add_bfloats = instruction(
+    "add_bfloats",
+    "{ .reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, $1, one, $2; }",
+    (u32,),
+    (u32, u32),
+    pure=True,
+)
+#: the larger absolute values of two pairs
+largest_halves = instruction(
+    "largest_halves",
+    "{ .reg .b32 a, b; abs.f16x2 a, $1; abs.f16x2 b, $2; max.f16x2 $0, a, b; }",
+    (u32,),
+    (u32, u32),
+    pure=True,
+)
+largest_bfloats = instruction(
+    "largest_bfloats",
+    "{ .reg .b32 a, b; abs.bf16x2 a, $1; abs.bf16x2 b, $2; max.bf16x2 $0, a, b; }",
+    (u32,),
+    (u32, u32),
+    pure=True,
+)
+root = instruction("root", "sqrt.rn.f32 $0, $1;", (f32,), (f32,), pure=True)
+reciprocal = instruction("reciprocal", "rcp.rn.f32 $0, $1;", (f32,), (f32,), pure=True)
+minimum = instruction("minimum", "min.f32 $0, $1, $2;", (f32,), (f32, f32), pure=True)
 divide = instruction("divide", "div.rn.f32 $0, $1, $2;", (f32,), (f32, f32), pure=True)
 absolute = instruction("absolute", "abs.f32 $0, $1;", (f32,), (f32,), pure=True)
 maximum = instruction("maximum", "max.f32 $0, $1, $2;", (f32,), (f32, f32), pure=True)
@@ -163,11 +204,26 @@ round_to_byte = instruction(
     (f32,),
     pure=True,
 )
+#: 2**x, off by at most 2 units in the last place; results below 2**-126 are 0
+exp2 = instruction("exp2", "ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,), pure=True)
+#: a * b + c, rounded once
+fuse = instruction("fuse", "fma.rn.f32 $0, $1, $2, $3;", (f32,), (f32, f32, f32), pure=True)
+#: a - b and a * b + c on fp16 pairs
+subtract_pair = instruction("subtract_pair", "sub.rn.f16x2 $0, $1, $2;", (u32,), (u32, u32), pure=True)
+fuse_pair = instruction("fuse_pair", "fma.rn.f16x2 $0, $1, $2, $3;", (u32,), (u32, u32, u32), pure=True)
 #: four products of unsigned weight bytes and signed activation bytes, added to an int32
 dp4a = instruction("dp4a", "dp4a.u32.s32 $0, $1, $2, $3;", (i32,), (u32, u32, i32), pure=True)
 
 #: the value of the lane whose number differs in the bits of the mask
 shuffle_xor = instruction("shuffle_xor", "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;", (i32,), (i32, u32))
+
+#: the largest word, the sum of the integers of all 32 lanes
+largest_of_warp = instruction("largest_of_warp", "redux.sync.max.u32 $0, $1, 0xffffffff;", (u32,), (u32,))
+sum_of_warp = instruction("sum_of_warp", "redux.sync.add.s32 $0, $1, 0xffffffff;", (i32,), (i32,))
+#: the value of the lane that many below; the lowest lanes get their own
+shuffle_up = instruction("shuffle_up", "shfl.sync.up.b32 $0, $1, $2, 0, 0xffffffff;", (i32,), (i32, u32))
+#: the lanes of a warp meet and see each other's memory
+warp_barrier = instruction("warp_barrier", "bar.warp.sync 0xffffffff;")
 
 # -- barriers and bulk copies (sm_90) -------------------------------------------------------------------------------------
 
@@ -269,6 +325,14 @@ mma = instruction(
     (i32,) * 4,
     (i32,) * 4 + (u32,) * 6,
 )
+#: m16n8k16 on fp16: (acc0..3, a0..3, b0, b1) -> acc0..3 in fp32
+mma_half = instruction(
+    "mma_half",
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+    (f32,) * 4,
+    (f32,) * 4 + (u32,) * 6,
+    pure=True,
+)
 #: 8x8 matrix of 16-bit numbers, a row in four lanes' registers -> transposed
 transpose8 = instruction("transpose8", "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", (u32,), (u32,))
 #: two 8x8 matrices of 16-bit numbers, stored transposed: (row address, first matrix, second matrix); lanes 0-15 give the
@@ -348,19 +412,41 @@ def wgmma_wait(tokens: int, pending: int = 0) -> Callable:
 # -- tuples of accumulators -----------------------------------------------------------------------------------------------
 
 
-def _unrolled(quads: int, body: str, result: str, step: Callable) -> Callable:
-    calls = "".join(f"    {body.format(j=j, q=', '.join(f'acc[{4 * j + k}]' for k in range(4)))}\n" for j in range(quads))
-    scope: dict[str, Any] = {"step": step}
-    exec(f"def unrolled(acc, *rest):\n{calls}    return {result}\n", scope)
-    return device(scope["unrolled"])
+def _unrolled(quads: int, body: str, result: str, more: str = "", **scope: Callable) -> Callable:
+    def quad(name: str, j: int) -> str:
+        return ", ".join(f"{name}[{4 * j + k}]" for k in range(4))
+
+    calls = "".join(f"    {body.format(j=j, q=quad('acc', j), p=quad('other', j))}\n" for j in range(quads))
+    names: dict[str, Any] = dict(scope)
+    exec(f"def unrolled(acc, {more}*rest):\n{calls}    return {result}\n", names)
+    return device(names["unrolled"])
+
+
+def _all_results(quads: int) -> str:
+    return "(" + ", ".join(f"r{j}[{k}]" for j in range(quads) for k in range(4)) + ")"
 
 
 def each_quad(step: Callable, quads: int) -> Callable:
     """``f(acc, *rest)``: call ``step(j, acc[4j], acc[4j+1], acc[4j+2], acc[4j+3], *rest)`` for every j, written out."""
-    return _unrolled(quads, "step({j}, {q}, *rest)", "None", step)
+    return _unrolled(quads, "step({j}, {q}, *rest)", "None", step=step)
 
 
 def map_quads(step: Callable, quads: int) -> Callable:
     """``f(acc, *rest)`` -> tuple of the four results of ``step(j, acc[4j], .., *rest)`` for every j, written out."""
-    result = "(" + ", ".join(f"r{j}[{k}]" for j in range(quads) for k in range(4)) + ")"
-    return _unrolled(quads, "r{j} = step({j}, {q}, *rest)", result, step)
+    return _unrolled(quads, "r{j} = step({j}, {q}, *rest)", _all_results(quads), step=step)
+
+
+def zip_quads(step: Callable, quads: int) -> Callable:
+    """``f(acc, other, *rest)``: `map_quads` of ``step(j, acc[4j], .., other[4j], .., *rest)``."""
+    return _unrolled(quads, "r{j} = step({j}, {q}, {p}, *rest)", _all_results(quads), "other, ", step=step)
+
+
+def fold_quads(step: Callable, quads: int, join: Callable) -> Callable:
+    """``f(acc, *rest)``: the results of ``step(j, acc[4j], .., *rest)``, joined as `qoqlab.exact.fold` adds: the second half
+    with the first, until one is left. What is missing up to a power of two is left out."""
+    names: list[str | None] = [f"r{j}" for j in range(quads)]
+    names += [None] * ((1 << (quads - 1).bit_length()) - quads)
+    while len(names) > 1:
+        half = len(names) // 2
+        names = [a if b is None else f"join({a}, {b})" for a, b in zip(names[:half], names[half:], strict=True)]
+    return _unrolled(quads, "r{j} = step({j}, {q}, *rest)", str(names[0]), step=step, join=join)

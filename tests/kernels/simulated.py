@@ -17,12 +17,16 @@ from unittest import mock
 import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import cases, emulation, gemm, launch, layout, matmul, ptx
+from qoqlab_kernels import cases, emulation, fused, gemm, launch, layout, matmul, ptx
 from qoqlab_kernels.cases import Case
 from qoqlab_kernels.plan import Plan
 
-from qoqlab.affine import quantize_per_token_s8
+from qoqlab import exact, reference
+from qoqlab.affine import Affine, quantize_per_token_s8
+from qoqlab.pipeline import quantize as quantize_model
 
+from ..families import build, cast_parameters
+from .engines import pair as engine_pair
 from .expected import product
 
 GUARD = 512  # elements of poison before and after an output
@@ -165,6 +169,197 @@ def quantize_case(m: int, k: int, dtype: str, how: str = "contiguous") -> dict:
         "scales": torch.equal(got.scales, scales),
         "sums": torch.equal(got.sums.long(), codes.sum(-1, dtype=torch.int64)),
     }
+
+
+# -- fused element-wise kernels -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Any:
+    """Memory that `torch.empty` hands out is full of poison, so what a kernel leaves unwritten is noticed."""
+    empty = torch.empty
+
+    def poisoned_empty(*size: Any, **options: Any) -> torch.Tensor:
+        made = empty(*size, **options)
+        made.view(torch.uint8).fill_(0xA5)
+        return made
+
+    with mock.patch.object(torch, "empty", poisoned_empty):
+        yield
+
+
+def _as_the_reference(got: layout.Activations, want: Affine) -> bool:
+    tiled = layout.tile_activations(want.codes, want.scales)
+    return torch.equal(got.tiles, tiled.tiles) and torch.equal(got.tokens, tiled.tokens)
+
+
+def fused_case(operation: str, m: int, k: int, dtype: str, how: str = "contiguous", threads: int = 0) -> dict:
+    """A fused kernel against `qoqlab.reference`: tokens of very different sizes, the last one all zeros."""
+    generator = torch.Generator().manual_seed(m * k)
+    sizes = torch.logspace(2, -2, m)[:, None]
+    sizes[-1] = 0 if m > 1 else 1
+
+    def numbers(columns: int) -> torch.Tensor:
+        return _laid_out((torch.randn(m, columns, generator=generator) * sizes).to(getattr(torch, dtype)), how)
+
+    x, residual = numbers(2 * k if operation == "silu_mul_s8" else k), numbers(k)
+    weight = torch.randn(k, generator=generator).to(x.dtype)
+    before = residual.clone()
+    chosen = mock.patch.object(fused, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext()
+    with poisoned_outputs(), chosen:
+        if operation == "silu_mul_s8":
+            good = _as_the_reference(qk.silu_mul_s8(x), reference.silu_mul_s8(x))
+        elif operation == "rms_norm_s8":
+            good = _as_the_reference(qk.rms_norm_s8(x, weight, 1e-5), reference.rms_norm_s8(x, weight, 1e-5))
+        elif operation == "add_rms_norm_s8":
+            (got, total), (want, sum_) = (
+                f(x, residual, weight, 1e-6) for f in (qk.add_rms_norm_s8, reference.add_rms_norm_s8)
+            )
+            good = _as_the_reference(got, want) and torch.equal(total, sum_)
+        elif operation == "rms_norm":
+            good = torch.equal(qk.rms_norm(x, weight, 1e-5), exact.rms_norm(x, weight, 1e-5))
+        else:
+            good = torch.equal(qk.add_rms_norm(x, residual, weight, 1e-5), exact.rms_norm(x + residual, weight, 1e-5))
+    return {"equal": good, "kept": torch.equal(residual, before)}
+
+
+def rope_case(dim: int, heads: int, kv_heads: int, dtype: str, stepwise: bool) -> dict:
+    """`rope_kv4_append` against `exact.rotate` and `PagedKV4.append`: two sequences of different lengths, cut into pages."""
+    generator = torch.Generator().manual_seed(dim)
+    kind, before = getattr(torch, dtype), (15, 4)
+    caches = [qk.PagedKV4(2, kv_heads, dim, pages=6, page_size=16, sequences=3) for _ in range(2)]
+    for cache in caches:
+        cache.allocator.take(1)
+        numbers = [cache.open(), cache.open()]
+        for number, count in zip(numbers, before, strict=True):
+            x = torch.randn(1, kv_heads, count, dim, generator=torch.Generator().manual_seed(count))
+            cache.append(1, [number], x, -x)
+    want, got = caches
+    angles = torch.randn(40, dim // 2, generator=generator)
+    cos, sin = angles.cos().to(kind), angles.sin().to(kind)
+    fresh = [(1, 4), (0, 15)] if stepwise else [(0, 15), (0, 16), (0, 17), (1, 4)]  # (sequence, position)
+    qkv = (torch.randn(len(fresh), heads + 2 * kv_heads, dim, generator=generator) * 3).to(kind)
+    qkv[0, heads] = 0  # an all-zero key, a constant value, and one far from zero
+    qkv[0, -1] = 2.5
+    qkv[-1, -1] = 1000 + qkv[-1, -1]
+    slots, places = (torch.tensor(v, dtype=torch.int32) for v in zip(*fresh, strict=True))
+    got.reserve([0, 1], 4)
+    with poisoned_outputs():
+        q = qk.rope_kv4_append(got, 1, slots, qkv.flatten(1), cos, sin, None if stepwise else places)
+    rows = places.long()
+    turned = exact.rotate(qkv[:, : heads + kv_heads], cos[rows, None], sin[rows, None])
+    lengths = got.lengths.tolist()
+    for i, (number, _) in enumerate(fresh):
+        want.append(1, [number], turned[i, heads:][None, :, None], qkv[i, heads + kv_heads :][None, :, None])
+    for number in (0, 1):
+        got._length[number] = want._length[number]
+    same = [
+        torch.equal(a, b)
+        for number in (0, 1)
+        for mine, theirs in zip(got.codes(1, number), want.codes(1, number), strict=True)
+        for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True)
+    ]
+    grown = want.lengths.tolist() if stepwise else [[0, 0, 0], [*before, 0]]
+    return {
+        "queries": torch.equal(q, turned[:, :heads]),
+        "cache": all(same) and torch.equal(got.pool[0], want.pool[0]),
+        "lengths": lengths == grown,
+    }
+
+
+def compiled_fused_case(m: int, k: int) -> dict:
+    """The fused operators under torch.compile, in one graph."""
+    generator = torch.Generator().manual_seed(1)
+    x, residual, gate_up = (torch.randn(m, n, generator=generator).half() for n in (k, k, 2 * k))
+    weight = torch.randn(k, generator=generator).half()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x: torch.Tensor, residual: torch.Tensor, gate_up: torch.Tensor) -> tuple:
+        made, total = qk.add_rms_norm_s8(x * 2, residual, weight, 1e-5)
+        normed, gated = qk.rms_norm_s8(x, weight, 1e-5), qk.silu_mul_s8(gate_up)
+        return made.tiles, total, normed.tiles, gated.tiles
+
+    tiles, total, normed, gated = step(x, residual, gate_up)
+    want, sum_ = reference.add_rms_norm_s8(x * 2, residual, weight, 1e-5)
+    others = (want, reference.rms_norm_s8(x, weight, 1e-5), reference.silu_mul_s8(gate_up))
+    same = [
+        torch.equal(a, layout.tile_activations(b.codes, b.scales).tiles)
+        for a, b in zip((tiles, normed, gated), others, strict=True)
+    ]
+    return {"equal": [*same, torch.equal(total, sum_)]}
+
+
+def fused_errors() -> dict:
+    """Bad input of the fused functions: name -> ``[class, message]``."""
+    x, weight = torch.zeros(3, 64, dtype=torch.float16), torch.ones(64, dtype=torch.float16)
+
+    def norm(x: Any = x, weight: Any = weight, eps: float = 1e-5) -> Any:
+        return lambda: qk.rms_norm_s8(x, weight, eps)
+
+    cache, table = qk.PagedKV4(1, 1, 64, pages=2), torch.zeros(9, 32, dtype=torch.float16)
+    qkv, slots = torch.zeros(2, 3 * 64, dtype=torch.float16), torch.zeros(2, dtype=torch.int32)
+
+    def rope(**changed: Any) -> Any:
+        options: dict = {"cache": cache, "layer": 0, "slots": slots, "qkv": qkv, "cos": table, "sin": table}
+        return lambda: qk.rope_kv4_append(**{**options, **changed})
+
+    def add(residual: Any) -> Any:
+        return lambda: qk.add_rms_norm_s8(x, residual, weight, 1e-5)
+
+    calls = {
+        "x: a list": norm([[1.0]]),
+        "x: fp32": norm(x.float()),
+        "x: one row": norm(x[0]),
+        "x: K = 48": norm(x[:, :48]),
+        "x: no tokens": norm(x[:0]),
+        "x: elsewhere": norm(x.to("meta"), weight.to("meta")),
+        "weight: a list": norm(weight=[1.0]),
+        "weight: bf16": norm(weight=weight.bfloat16()),
+        "weight: other K": norm(weight=weight[:32]),
+        "eps: zero": norm(eps=0.0),
+        "eps: NaN": norm(eps=float("nan")),
+        "residual: other shape": add(x[:2]),
+        "residual: bf16": add(x.bfloat16()),
+        "residual: a list": add([1.0]),
+        "cache: none": rope(cache=None),
+        "layer: beyond": rope(layer=1),
+        "qkv: fp32": rope(qkv=qkv.float()),
+        "qkv: half a head": rope(qkv=qkv[:, :-32]),
+        "qkv: no queries": rope(qkv=qkv[:, :128]),
+        "cos: fp32": rope(cos=table.float()),
+        "cos: a head wide": rope(cos=table.repeat(1, 2)),
+        "sin: fewer": rope(sin=table[:5]),
+        "slots: int64": rope(slots=slots.long()),
+        "slots: too few": rope(slots=slots[:1]),
+        "positions: too few": rope(positions=slots[:1]),
+        "unquantised: K = 48": lambda: qk.rms_norm(x[:, :48], weight[:48], 1e-5),
+        "unquantised: residual": lambda: qk.add_rms_norm(x, x[:2], weight, 1e-5),
+        "gate_up: fp32": lambda: qk.silu_mul_s8(x.float()),
+        "gate_up: I = 16": lambda: qk.silu_mul_s8(x[:, :32]),
+        "gate_up: a list": lambda: qk.silu_mul_s8([1.0]),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
+
+
+# -- the engine -----------------------------------------------------------------------------------------------------------
+
+
+def engine_case(family: str) -> dict:
+    """A model of one layer on simulated kernels and on the reference: two prompts of different lengths, then a step. Largest
+    relative error of the prompts' logits and of the step's; whether both caches hold the same."""
+    model = build(family, hidden_size=128, head_dim=64, kv_heads=1, num_attention_heads=2, num_hidden_layers=1)
+    result = quantize_model(cast_parameters(model, torch.float16), "rtn-w4a8kv4-g128", progress=False)
+    engines = engine_pair(result, "cpu", torch.float16, (2, 70))
+    prefilled = [e.prefill([[1, 2, 3], [7]]) for e in engines]
+    steps = [e.decode(sequences, [5, 6]) for e, (sequences, _) in zip(engines, prefilled, strict=True)]
+
+    def error(got: torch.Tensor, want: torch.Tensor) -> float:
+        return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
+
+    fast, plain = (e.attend.cache for e in engines)
+    (a, _), (b, _) = (sequences for sequences, _ in prefilled)
+    same = map(torch.equal, fast.gather(0, a), plain.gather(0, b, 0, 4))
+    return {"prefill": error(*(logits for _, logits in prefilled)), "decode": error(*steps), "cache": all(same)}
 
 
 # -- what the tests must notice -------------------------------------------------------------------------------------------
@@ -314,7 +509,21 @@ def error_cases() -> dict:
 
 FUNCTIONS = {
     f.__name__: f
-    for f in (gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases)
+    for f in (
+        gemm_case,
+        public_case,
+        compiled_case,
+        quantize_case,
+        fused_case,
+        rope_case,
+        compiled_fused_case,
+        fused_errors,
+        spoilt_case,
+        mutant_case,
+        cluster_case,
+        engine_case,
+        error_cases,
+    )
 }
 
 

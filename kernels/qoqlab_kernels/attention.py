@@ -1,0 +1,191 @@
+"""Decode attention as torch sees it: checks, choice of kernel, workspaces, launch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qoqlab.checks import require_count, require_tensor, shape_of
+
+from . import kv4, matmul, ptx
+from .cache import PagedKV4
+from .kv4 import LOG2_E, Form, Ring
+
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_GROUP = 16
+#: Sizes of v4 on a GPU: warps in a block, and the most pages that are on their way to each.
+WARPS, MOST_STAGES = 4, 4
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which kernel and how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies, ``blocks``
+    in the grid, ``overlap`` with the previous kernel's end."""
+
+    version: str
+    warps: int = 0
+    stages: int = 0
+    bulk: bool = False
+    blocks: int = 0
+    overlap: bool = False
+
+    def constants(self, form: Form) -> tuple:
+        """What the kernel of this version is built from."""
+        return (form,) if self.version == "v1" else (form, self.warps, self.stages, self.bulk, self.overlap)
+
+
+def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
+    """The plan for a GPU with so many bytes of shared memory for a block and for a multiprocessor (1 KB a block is the
+    driver's): two blocks on each multiprocessor if three stages of theirs fit, else one."""
+    each = WARPS * (form.layout.bytes + 8)
+    for residents in (2, 1):
+        limit = min(per_block, per_processor // residents - 1024)
+        stages = min(MOST_STAGES, (limit - Ring(form, WARPS, 0).total) // each)
+        if stages >= (3 if residents == 2 else 1):
+            hopper = capability >= (9, 0)
+            return AttentionPlan("v4", WARPS, stages, hopper, processors * residents, hopper)
+    raise ValueError(f"page_size: pages of {form.page_size} tokens do not fit in {per_block} bytes of shared memory")
+
+
+@functools.cache
+def _plan(form: Form, index: int) -> AttentionPlan:
+    properties: Any = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    if capability < (8, 0):
+        raise RuntimeError(f"kv4_attention: compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed")
+    return plan_for(
+        form,
+        capability,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_multiprocessor,
+    )
+
+
+def attention_plan(form: Form, device: torch.device) -> AttentionPlan:
+    """How attention runs on a device; small under the simulator: three blocks, so that heads are shared."""
+    if ptx.SIMULATED:
+        return AttentionPlan("v4", 2, 2, True, 3)
+    return _plan(form, device.index)
+
+
+def _bits(value: float) -> int:
+    """A number as the bits of an fp32."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def _slots(cache: PagedKV4, sequences: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    if isinstance(sequences, torch.Tensor):
+        if sequences.dtype != torch.int32 or sequences.ndim != 1 or sequences.device != cache.pool.device:
+            raise ValueError(
+                f"sequences: expected int32 [B] on {cache.pool.device}, got {sequences.dtype} of shape "
+                f"{shape_of(sequences)} on {sequences.device}"
+            )
+        return sequences.contiguous()
+    numbers = list(sequences)
+    for sequence in numbers:
+        cache.pages_of(sequence)
+    return torch.tensor(numbers, dtype=torch.int32, device=cache.pool.device)
+
+
+def _positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}: expected a positive number or None, got {value!r}")
+
+
+def kv4_attention(
+    query: torch.Tensor,
+    cache: PagedKV4,
+    layer: int,
+    sequences: Sequence[int] | torch.Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """One decode step of attention: ``query [B, Hq, D]`` fp16 or bf16 against the cached tokens of ``B`` sequences.
+
+    Hq is a multiple of the cache's KV heads, at most 16 times as many; consecutive query heads share a KV head.
+    ``sequences``: numbers from `PagedKV4.open`, or an int32 tensor of them on the device, which is not looked into (for CUDA
+    graphs; lengths and pages are read on the device, so a captured launch sees them grow). ``scale`` defaults to
+    ``D ** -0.5``. ``window``: only the last so many tokens. ``softcap``: scores become ``softcap * tanh(score / softcap)``.
+
+    Returns ``[B, Hq, D]`` in the query's dtype: `qoqlab.reference.kv4_attention` within 1e-3 (relative, before the last
+    rounding); zeros for a sequence without tokens. Repeats are bit-identical. NaN is not looked for.
+
+    Raises TypeError or ValueError naming the argument; RuntimeError on GPUs below compute capability 8.0.
+    """
+    if not isinstance(cache, PagedKV4):
+        raise TypeError(f"cache: expected a PagedKV4, got {type(cache).__name__}")
+    require_tensor("query", query)
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query: expected fp16 or bf16, got {query.dtype}")
+    cache.layer_lengths(layer)
+    slots = _slots(cache, sequences)
+    group = query.shape[1] // cache.kv_heads if query.ndim == 3 else 0
+    if query.ndim != 3 or query.shape[0] != len(slots) or query.shape[2] != cache.head_dim:
+        raise ValueError(f"query: expected [{len(slots)}, Hq, {cache.head_dim}], got {shape_of(query)}")
+    if not 1 <= group <= MAX_GROUP or group * cache.kv_heads != query.shape[1]:
+        raise ValueError(
+            f"query: {query.shape[1]} heads; expected a multiple of the cache's {cache.kv_heads} KV heads, at most "
+            f"{MAX_GROUP} times as many"
+        )
+    if query.device != cache.pool.device:
+        raise ValueError(f"query: on {query.device}, the cache on {cache.pool.device}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None:
+            _positive(name, value)
+    if window is not None:
+        require_count("window", window, 1)
+    matmul._require_place("query", query)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if not len(slots):
+        return out
+    form = Form(cache.head_dim, group, cache.page_size, query.dtype == torch.bfloat16, softcap is not None)
+    scale = cache.head_dim**-0.5 if scale is None else scale
+    run(attention_plan(form, query.device), form, query, cache, layer, slots, out, (scale, window or 0, softcap))
+    return out
+
+
+def run(
+    plan: AttentionPlan,
+    form: Form,
+    query: torch.Tensor,
+    cache: PagedKV4,
+    layer: int,
+    slots: torch.Tensor,
+    out: torch.Tensor,
+    options: tuple[float, int, float | None],
+) -> None:
+    """Launch the kernel of a plan; operands are checked already. ``options``: scale, window (0: none), soft cap."""
+    scale, window, softcap = options
+    heads = len(slots) * cache.kv_heads
+    if plan.version == "v4":
+        parts, counters = matmul.room(plan.blocks * 2 * form.group * form.row, heads, query.device)
+        grid = (plan.blocks, 1, 1)
+    else:
+        counters = torch.empty(1, dtype=torch.int32, device=query.device)
+        parts, grid = counters.view(torch.uint8), (-(-heads * form.group // 32), 1, 1)
+    factor = scale * LOG2_E if softcap is None else scale * 2 * LOG2_E / softcap
+    cap = 0.0 if softcap is None else softcap * LOG2_E
+    arguments = [
+        query.contiguous(),
+        cache.pool[layer],
+        cache.tables,
+        cache.layer_lengths(layer),
+        slots,
+        out,
+        parts,
+        counters,
+    ]
+    if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
+        half, word = torch.uint16, torch.uint32
+        dtypes = (half, torch.uint8, word, word, word, half, torch.uint8, word)
+        arguments = [tensor.view(kind) for tensor, kind in zip(arguments, dtypes, strict=True)]
+    numbers = [len(slots), cache.kv_heads, cache.tables.shape[1], window, _bits(factor), _bits(cap)]
+    matmul._run(kv4.VERSIONS[plan.version], plan.constants(form), grid, [*arguments, *numbers])

@@ -1,0 +1,255 @@
+"""Benchmark of decode attention on the KV4 cache, beside its bound and torch's fp16 attention, on this machine's GPU.
+
+    python -m qoqlab_kernels.bench kv4_decode --json data/benchmarks/kv4_decode.json
+
+Every result is compared with an fp32 reference on the dequantised cache before and after timing. Peers are torch's flash
+and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries (``enable_gqa``), and with the
+query group as the sequence of queries, which is the same product without masking and what serving libraries do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from qoqlab import reference
+from qoqlab.kv import QuantizedKV, quantize_kv4
+
+from . import attention, measure
+from .cache import PagedKV4
+from .kv4 import Form
+
+MODULE = "qoqlab_kernels.bench"
+#: Largest relative error of a result against fp32, of the kernel and of a peer.
+TOLERANCE, PEER_TOLERANCE = 2e-3, 5e-3
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured: sequences, tokens of each, query and KV heads; aim on an H200 in microseconds."""
+
+    batch: int
+    tokens: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    target_us: float | None = None
+
+    @property
+    def form(self) -> Form:
+        """What the kernel is compiled for."""
+        return Form(self.head_dim, self.heads // self.kv_heads)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Codes, scales and zeros of the tokens: what has to be read at least, besides the query."""
+        return self.batch * self.kv_heads * self.tokens * (self.head_dim + 8)
+
+    @property
+    def least_bytes(self) -> int:
+        """The least that is read and written."""
+        return self.cache_bytes + 2 * 2 * self.batch * self.heads * self.head_dim
+
+
+POINTS = (
+    Point(1, 1024),
+    Point(1, 4096, target_us=9),
+    Point(1, 16384, target_us=14),
+    Point(1, 131072),
+    Point(16, 1536, target_us=14),
+    Point(16, 16384),
+    Point(64, 1024),
+    Point(64, 1536, target_us=32),
+    Point(128, 1024),
+    Point(256, 1024),
+    Point(64, 1536, 32, 32, target_us=130),
+    Point(64, 1536, 32, 8, 64),
+)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """A cache whose layers hold the same tokens (their copies rotate), and what attention must give."""
+
+    cache: PagedKV4
+    slots: torch.Tensor
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    want: torch.Tensor
+
+
+def operands(point: Point, copies: int, seed: int) -> Operands:
+    """Random tokens on the GPU, their pages in random order."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shape = (point.batch, point.kv_heads, point.tokens, point.head_dim)
+    cache = PagedKV4(
+        copies, point.kv_heads, point.head_dim, point.batch * -(-point.tokens // 64), sequences=point.batch,
+        max_tokens=point.tokens, device="cuda",
+    )  # fmt: skip
+    numbers = [cache.open() for _ in range(point.batch)]
+    cache._grow(dict.fromkeys(numbers, point.tokens))
+    used = cache.tables.numel()
+    cache.tables.copy_(torch.randperm(used, device="cuda", generator=generator).view_as(cache.tables))
+    slots = torch.tensor(numbers, device="cuda")
+
+    def codes() -> QuantizedKV:
+        return quantize_kv4(torch.randn(shape, device="cuda", dtype=torch.float16, generator=generator))
+
+    k, v = codes(), codes()
+    for start in range(0, point.tokens, 4096):  # the index of a long prompt would take gigabytes
+        part = slice(start, start + 4096)
+        cache.write(0, slots, *(QuantizedKV(x.codes[:, :, part], x.scales[:, :, part], x.zeros[:, :, part]) for x in (k, v)))
+    cache.pool[1:], cache.lengths[1:] = cache.pool[:1], cache.lengths[:1]
+    query = torch.randn(point.batch, point.heads, point.head_dim, device="cuda", generator=generator).half()
+    keys, values = k.dequantize(), v.dequantize()
+    want = reference.kv4_attention(query.float(), keys, values)
+    return Operands(cache, slots.int(), query, keys.half(), values.half(), want)
+
+
+def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative error, NaN where a result is."""
+    return ((got.float() - want).norm() / want.norm()).item()
+
+
+def checked_time(
+    calls: Sequence[Callable[[], Any]], outputs: Sequence[torch.Tensor], want: torch.Tensor, about_us: float
+) -> tuple[float, float]:
+    """(microseconds per call, largest relative error), after every call was right into poisoned memory, and again after."""
+    us, worst = 0.0, 0.0
+    for when in ("before", "while"):
+        for out in outputs:
+            out.fill_(torch.nan)
+        if when == "before":
+            for call in calls:
+                call()
+        else:
+            us = measure.graph_time(calls, about_us)
+        errors = [error_of(out, want) for out in outputs]
+        if not all(error <= TOLERANCE for error in errors):
+            raise measure.WrongResult(f"relative error {max(errors):.1e} {when} timing, at most {TOLERANCE:.0e} is allowed")
+        worst = max(worst, *errors)
+    return us, worst
+
+
+def time_kernel(data: Operands, form: Form, about_us: float) -> tuple[float, float, attention.AttentionPlan]:
+    """(microseconds, largest relative error, plan) of the kernel."""
+    plan = attention.attention_plan(form, data.query.device)
+    outputs = [torch.empty_like(data.query) for _ in range(data.cache.layers)]
+    options = (form.head_dim**-0.5, 0, None)
+    calls = [
+        partial(attention.run, plan, form, data.query, data.cache, layer, data.slots, out, options)
+        for layer, out in enumerate(outputs)
+    ]
+    return (*checked_time(calls, outputs, data.want, about_us), plan)
+
+
+def time_peers(data: Operands, point: Point, cache_bytes: int, about_us: float) -> tuple[dict[str, float], dict[str, str]]:
+    """(microseconds of every peer that is there and right, why the others are not)."""
+    count = min(measure.copies(4 * data.keys.numel(), cache_bytes), 32)
+    k, v = ([x, *(x.clone() for _ in range(count - 1))] for x in (data.keys, data.values))
+    group = point.heads // point.kv_heads
+    single, folded = data.query[:, :, None], data.query.unflatten(1, (point.kv_heads, group))
+    times: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for backend, kind in BACKENDS.items():
+        for how, query, grouped in (("gqa", single, group > 1), ("folded", folded, False)):
+            if group == 1 and how == "folded":
+                continue
+            name = f"{backend}_{how}"
+            calls = [
+                partial(scaled_dot_product_attention, query, a, b, enable_gqa=grouped) for a, b in zip(k, v, strict=True)
+            ]
+            try:
+                with sdpa_kernel(kind):
+                    error = error_of(calls[0]().reshape(data.want.shape), data.want)
+                    if not error <= PEER_TOLERANCE:
+                        refused[name] = f"relative error {error:.1e}"
+                        continue
+                    times[name] = measure.graph_time(calls, about_us, replays=7)
+            except RuntimeError as problem:
+                refused[name] = str(problem).splitlines()[0]
+    return times, refused
+
+
+def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) -> Iterator[dict[str, Any]]:
+    """Every point in turn."""
+    cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+    for point in points:
+        bound = point.least_bytes / bandwidth * 1e6
+        data = operands(point, min(measure.copies(point.cache_bytes, cache_bytes), 32), seed)
+        us, error, plan = time_kernel(data, point.form, bound)
+        times, refused = time_peers(data, point, cache_bytes, 4 * bound) if peers else ({}, {})
+        for name, why in refused.items():
+            print(f"{point.batch} x {point.tokens}: no {name}: {why}", flush=True)
+        yield {
+            "op": "kv4_decode",
+            **asdict(point),
+            "us": us,
+            "bound_us": bound,
+            "of_bandwidth": bound / us,
+            "tb_per_s": point.least_bytes / us / 1e6,
+            "relative_error": error,
+            "peers": times,
+            "plan": asdict(plan),
+        }
+
+
+def point_table(results: Sequence[dict[str, Any]]) -> str:
+    """Every point with its bound, the share of the bandwidth, its best peer and its aim."""
+    names = ["B", "tokens", "heads", "D", "us", "bound", "% of bandwidth", "TB/s", "error", "best peer", "us", "target", ""]
+    rows = []
+    for r in results:
+        best = min(r["peers"], key=r["peers"].__getitem__, default=None)
+        met = "" if r["target_us"] is None else "met" if r["us"] <= r["target_us"] else "missed"
+        rows.append(
+            [r["batch"], r["tokens"], f"{r['heads']}/{r['kv_heads']}", r["head_dim"], r["us"], r["bound_us"],
+             100 * r["of_bandwidth"], r["tb_per_s"], f"{r['relative_error']:.0e}", best, r["peers"].get(best),
+             r["target_us"], met]
+        )  # fmt: skip
+    return measure.table(names, rows)
+
+
+def bench(points: Sequence[Point], peers: bool, command: Sequence[str], json: Path | None, commit: str) -> None:
+    """Measure, print and write."""
+    measure.require_gpu()
+    (bandwidth, how), seed = measure.measure_bandwidth(), secrets.randbelow(1 << 20)
+    results: list[dict[str, Any]] = []
+    for result in measured(points, peers, bandwidth, seed):
+        results.append(result)
+        if json:  # after every point: what is done is kept if time runs out
+            more = {"bandwidth": {"bytes_per_s": bandwidth, "source": how}, "seed": seed}
+            measure.write_record(json, measure.record(command, commit, results, **more))
+    print(point_table(results))
+    print(f"\n{torch.cuda.get_device_name()}: {bandwidth / 1e12:.2f} TB/s ({how}); targets: on an H200", flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command, after its name. Exits with code 2 and a message for what is wrong."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE} kv4_decode", description="Time decode attention on KV4.")
+    parser.add_argument("--batch", default="", help="only these numbers of sequences, separated by commas")
+    parser.add_argument("--no-peers", action="store_true", help="leave torch's attention out")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
+    known = parser.parse_args(list(arguments))
+    points: Sequence[Point] = POINTS
+    if known.batch:
+        try:
+            batches = measure.numbers(known.batch, "--batch")
+        except ValueError as error:
+            parser.error(str(error))
+        points = [point for point in POINTS if point.batch in batches]
+        if not points:
+            parser.error(f"--batch: none of {known.batch} is measured; {sorted({p.batch for p in POINTS})} are")
+    command = measure.command_line(MODULE, ["kv4_decode", *arguments])
+    return measure.guarded(MODULE, lambda: bench(points, not known.no_peers, command, known.json, known.commit))

@@ -1,0 +1,708 @@
+"""Decode attention on the paged KV4 cache: one new token's query against its sequence's 4-bit keys and values.
+
+The ladder. Every version reads the same pages (`pages`) and computes ``softmax(q k^T * scale) v`` of the dequantised cache.
+
+v1  one thread per query head: walks along the tokens, finds its nibbles by formula; accumulators in local memory
+v4  tensor cores (mma.sync m16n8k16, fp16): codes from their nibbles by one logical operation and one fp16 operation for two,
+    scales and zeros by linearity, the query group on the n side, an equal run of pages for every block. sm_80 and newer;
+    on sm_90 pages come by bulk copies
+
+Linearity. A cached number is ``s * (c - z)`` with a scale and zero per token, so neither meets the tensor cores. Codes enter
+as ``c - 8``, exact in fp16 and centred, which keeps the sums small (z' = z - 8)::
+
+    score_t = scale * s_t * (sum_d (c_td - 8) q_d  -  z'_t * sum_d q_d)              K: s, z of the key
+    out_d   = (sum_t w_t (c_td - 8)  -  sum_t w_t z'_t) / sum_t p_t,   w_t = p_t s_t  V: s, z of the value
+
+w is rounded to fp16 for the tensor cores, p relative to the largest score of its page and s to the largest scale of its page
+(a power of two), so w lies in [0, 2) with its largest element near 1 whatever the context's length: nothing underflows that
+counts. The same rounded w multiplies codes and zeros. Every page's product is added to fp32 accumulators on its own.
+
+Work. The flat list of (sequence, KV head, page) is cut into equal runs, one a block, whose warps take pages by turns, each
+through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory when it
+ends. A (sequence, head) that several blocks share is merged by whichever comes last, always in the order of blocks, so
+results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from numba import cuda, types
+
+from . import ptx
+from .gemm import SHARED_HALF, first_unit, worker_of
+from .launch import Program
+from .pages import ChunkLayout
+from .ptx import device, f32, i32, u32, u64
+
+#: query, pool of one layer, page tables, lengths of that layer, sequences, out, partial results, their counters;
+#: sequences, KV heads, pages of a table's row, window (0: none), bits of the scale and of the soft cap (fp32)
+SIGNATURE = tuple(
+    types.Array(t, 1, "C") for t in (types.uint16, ptx.u8, u32, u32, u32, types.uint16, ptx.u8, u32)
+) + (u32,) * 6  # fmt: skip
+#: Below every score, and its difference to any finite one is far below what exp2 rounds to 0.
+LOWEST = -1e30
+LOG2_E = 1.4426950408889634
+#: How many partial results are fetched at a time when a head's blocks are merged.
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a kernel is compiled for: ``group`` query heads share a KV head (1..16); ``bfloat``: query and result in bf16
+    instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``."""
+
+    head_dim: int
+    group: int
+    page_size: int = 64
+    bfloat: bool = False
+    softcap: bool = False
+
+    @property
+    def layout(self) -> ChunkLayout:
+        """Where a page's numbers lie."""
+        return ChunkLayout(self.head_dim, self.page_size)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 8 queries on the n side."""
+        return -(-self.group // 8)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a query's partial result: ``head_dim`` numbers, largest score, sum of weights, two unused."""
+        return 4 * (self.head_dim + 4)
+
+
+def spanner(form: Form) -> Callable:
+    """Device function: (length, first token, first page, number of pages) of what a sequence attends to."""
+    shift, last = form.page_size.bit_length() - 1, form.page_size - 1
+
+    @device
+    def span(lengths, slot, window):
+        length, first = ptx.ldg1(ptx.address(lengths) + u64(slot) * u64(4)), u32(0)
+        if window > u32(0) and length > window:
+            first = u32(length - window)
+        first_page = u32(first >> u32(shift))
+        return length, first, first_page, u32((u32(length + u32(last)) >> u32(shift)) - first_page)
+
+    return span
+
+
+def capper(form: Form) -> Callable:
+    """Device function: score in units of the exponent of 2, from the dot product times the scale of its key.
+
+    ``scale``: softmax scale times log2(e); with a soft cap softmax scale times 2 log2(e) / cap, so that exp2 gives
+    ``exp(2 score / cap)``, and ``cap``: soft cap times log2(e).
+    """
+    capped = form.softcap
+
+    @device
+    def finish(product, scale, cap):
+        x = product * scale
+        if capped:
+            # tanh(x) = 1 - 2 / (1 + exp(2 x)); the exponential may be infinite or 0
+            x = cap * (f32(1.0) - ptx.divide(f32(2.0), f32(1.0) + ptx.exp2(x)))
+        return x
+
+    return finish
+
+
+@device
+def exchange(value, mask):
+    """A float of the lane whose number differs in the bits of the mask."""
+    return ptx.as_float(u32(ptx.shuffle_xor(ptx.as_int(value), u32(mask))))
+
+
+@device
+def word_of(value):
+    return u32(ptx.as_int(value))
+
+
+@device
+def shared_float(at):
+    return ptx.as_float(ptx.lds1(at))
+
+
+# -- v1: one thread per query head ----------------------------------------------------------------------------------------
+
+
+def v1(form: Form) -> Program:
+    """32 query heads a block, each thread alone with its own."""
+    layout, d, group, size = form.layout, form.head_dim, form.group, form.page_size
+    span, finish = spanner(form), capper(form)
+    chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
+    widen, pack = (ptx.unpack_bfloat, ptx.pack_bfloat) if form.bfloat else (ptx.unpack_half, ptx.pack_half)
+
+    @device
+    def code(pool, chunk, inside, channel, value):
+        row, column = (channel, inside) if value else (inside, channel)
+        lane = 4 * (row % 8) + column % 8 // 2
+        byte = 2 * (column % 2) + (column % 16 // 8 if value else row % 16 // 8)
+        at = ((inside // 16 * (d // 64) + channel // 64) * 32 + lane) * 16 + channel // 16 % 4 * 4 + byte
+        if value:
+            at = at + codes_bytes
+        return f32(i32(i32(pool[chunk + at]) >> i32(channel % 16 // 8 * 4)) & i32(15))
+
+    @device
+    def pair(pool, at):
+        scale, zero = i32(pool[at]) | (i32(pool[at + 1]) << 8), i32(pool[at + 2]) | (i32(pool[at + 3]) << 8)
+        return ptx.widen_half(u32(scale)), ptx.widen_half(u32(zero))
+
+    def kernel(
+        query, pool, tables, lengths, slots, out, partials, counters, batch, kv_heads, width, window, scale_bits, cap_bits
+    ):
+        scale, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
+        index = u32(u32(cuda.blockIdx.x) * u32(32) + u32(cuda.threadIdx.x))
+        if index < u32(batch * u32(kv_heads * u32(group))):
+            head = ptx.quotient(index, u32(group))
+            sequence = ptx.quotient(head, kv_heads)
+            head = u32(head - sequence * kv_heads)
+            slot = slots[sequence]
+            length, first, _, _ = span(lengths, slot, window)
+            acc = cuda.local.array(d, f32)
+            for c in range(d):
+                acc[c] = f32(0.0)
+            largest, total = f32(LOWEST), f32(0.0)
+            for t in range(first, length):
+                page = tables[slot * width + t // size]
+                chunk, inside = (i32(page) * i32(kv_heads) + i32(head)) * chunk_bytes, i32(t) % size
+                s, z = pair(pool, chunk + key_pairs + 4 * inside)
+                dot = f32(0.0)
+                for c in range(d):
+                    x = widen(u32(query[index * u32(d) + u32(c)]))[0]
+                    dot += x * (code(pool, chunk, inside, c, False) - z)
+                score = finish(dot * s, scale, cap)
+                before, largest = largest, ptx.maximum(largest, score)
+                shrink, weight = ptx.exp2(before - largest), ptx.exp2(score - largest)
+                total = total * shrink + weight
+                s, z = pair(pool, chunk + value_pairs + 4 * inside)
+                for c in range(d):
+                    acc[c] = acc[c] * shrink + weight * s * (code(pool, chunk, inside, c, True) - z)
+            for c in range(d):
+                y = f32(0.0)
+                if total > f32(0.0):
+                    y = ptx.divide(acc[c], total)
+                out[index * u32(d) + u32(c)] = types.uint16(pack(y, f32(0.0)) & u32(0xFFFF))
+
+    return Program(kernel, SIGNATURE, 32)
+
+
+# -- v4: tensor cores -----------------------------------------------------------------------------------------------------
+
+
+@device
+def centred(word):
+    """The 8 codes of a word, 8 less each, as four fp16 pairs: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+
+    A nibble under the exponent of 1024 is the fp16 number 1024 + c, or 1024 + 16 c four bits further up.
+    """
+    low, high, magic = u32(0x000F000F), u32(0x00F000F0), u32(0x64006400)
+    x = u32(word >> u32(8))
+    offset, sixteenth, minus = u32(0x64086408), u32(0x2C002C00), u32(0xD480D480)  # 1032, 1 / 16, -72
+    return (
+        ptx.subtract_pair(u32(u32(word & low) | magic), offset),
+        ptx.fuse_pair(u32(u32(word & high) | magic), sixteenth, minus),
+        ptx.subtract_pair(u32(u32(x & low) | magic), offset),
+        ptx.fuse_pair(u32(u32(x & high) | magic), sixteenth, minus),
+    )
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where v4 keeps what in shared memory."""
+
+    form: Form
+    warps: int
+    stages: int
+
+    @property
+    def parts(self) -> int:
+        """Offset of the warps' partial results."""
+        return self.warps * self.stages * self.form.layout.bytes
+
+    @property
+    def barriers(self) -> int:
+        """Offset of a barrier for every stage, then of a few words: sums of the warps, where the run starts, a flag."""
+        return self.parts + self.warps * self.form.group * self.form.row
+
+    @property
+    def words(self) -> int:
+        """Offset of those words."""
+        return self.barriers + 8 * self.warps * self.stages
+
+    @property
+    def total(self) -> int:
+        """Bytes to ask for; 128 of them to align the rest."""
+        return self.words + 4 * (self.warps + 4) + 128
+
+
+def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -> Program:
+    """``warps`` in a block, ``stages`` pages on their way to each; ``bulk``: by bulk copies (sm_90); ``overlap``: start
+    while the previous kernel of the stream ends, and wait for it inside (sm_90)."""
+    layout, ring = form.layout, Ring(form, warps, stages)
+    d, size, group, tiles, row_bytes = form.head_dim, form.page_size, form.group, form.tiles, form.row
+    chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
+    parts_at, barriers_at, words_at = ring.parts, ring.barriers, ring.words
+    token_tiles, steps, vectors, threads = size // 16, d // 16, d // 64, 32 * warps
+    quads, bfloat, shift = d // 4, form.bfloat, size.bit_length() - 1
+    span, finish, wait_oldest = spanner(form), capper(form), ptx.copy_wait(stages - 1)
+    pack = ptx.pack_bfloat if bfloat else ptx.pack_half
+    # registers of a thread, as arrays whose indices the compiler knows
+    query_words, columns, rows, dot_words = tiles * 2 * steps, 2 * tiles, 2 * token_tiles, 4 * tiles
+    at_once = 4 // tiles  # blocks of 16 channels whose sums over a page are open at a time
+    acc_words, product_words, batch_words = tiles * 4 * steps, tiles * 4 * at_once, 4 * BATCH
+    score_words, weight_words = tiles * 4 * token_tiles, tiles * 2 * token_tiles
+
+    @device
+    def issue(pool, page, head, kv_heads, to, barrier, lane):
+        """Start to fetch a chunk."""
+        source = ptx.address(pool) + (u64(page) * u64(kv_heads) + u64(head)) * u64(chunk_bytes)
+        if bulk:
+            if lane == u32(0):
+                ptx.barrier_expect(barrier, u32(chunk_bytes))
+                ptx.bulk_load(to, source, u32(chunk_bytes), barrier)
+        else:
+            for i in range(lane, u32(chunk_bytes // 16), u32(32)):
+                ptx.copy_async(to + u32(i) * u32(16), source + u64(i) * u64(16))
+            ptx.copy_commit()
+
+    @device
+    def where(sequence, lengths, slots, window, width):
+        """(pages that a sequence attends to, index of the first one's entry in the page tables)."""
+        slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
+        _, _, first_page, count = span(lengths, slot, window)
+        return count, u32(u32(slot * width) + first_page)
+
+    @device
+    def skip(sequence, head, page, count, line, by, lengths, slots, window, width, kv_heads):
+        """Go ``by`` units on in the flat list: (sequence, head, page of what it attends to, number of these, its line)."""
+        page = u32(page + by)
+        while page >= count:
+            page = u32(page - count)
+            head = u32(head + u32(1))
+            if head == kv_heads:
+                head, sequence = u32(0), u32(sequence + u32(1))
+                count, line = where(sequence, lengths, slots, window, width)
+        return sequence, head, page, count, line
+
+    @device
+    def number(tables, line, page):
+        """Number of a page in the pool."""
+        return ptx.ldg1(ptx.address(tables) + u64(u32(line + page)) * u64(4))
+
+    @device
+    def multiply_keys(word, step, queries, scores):
+        a = centred(word)
+        for n in range(tiles):
+            b = (n * steps + step) * 2
+            c = ptx.mma_half(
+                scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3],
+                a[0], a[2], a[1], a[3], queries[b], queries[b + 1],
+            )  # fmt: skip
+            scores[4 * n], scores[4 * n + 1], scores[4 * n + 2], scores[4 * n + 3] = c[0], c[1], c[2], c[3]
+
+    @device
+    def multiply_values(word, j, t, weights, sums):
+        a = centred(word)
+        for n in range(tiles):
+            b, s = (n * token_tiles + t) * 2, (n * at_once + j) * 4
+            c = ptx.mma_half(
+                sums[s], sums[s + 1], sums[s + 2], sums[s + 3], a[0], a[1], a[2], a[3], weights[b], weights[b + 1]
+            )
+            sums[s], sums[s + 1], sums[s + 2], sums[s + 3] = c[0], c[1], c[2], c[3]
+
+    @device
+    def load_queries(query, first_row, lane, queries, sums):
+        """The B operand of all steps, and every query's sum; returns the power of two that it was divided by."""
+        g, q = u32(lane >> u32(2)), u32(lane & u32(3))
+        for n in range(tiles):
+            r = u32(u32(n * 8) + g)
+            for s in range(2 * steps):
+                word = u32(0)
+                if r < u32(group):
+                    at = (u64(first_row + r) * u64(d // 2) + u64(u32(s * 4) + q)) * u64(4)
+                    word = ptx.ldg1(ptx.address(query) + at)
+                queries[n * 2 * steps + s] = word
+        undo = f32(1.0)
+        if bfloat:
+            largest = f32(0.0)
+            for i in range(tiles * 2 * steps):
+                x = ptx.unpack_bfloat(queries[i])
+                largest = ptx.maximum(largest, ptx.maximum(ptx.absolute(x[0]), ptx.absolute(x[1])))
+            for b in range(5):
+                largest = ptx.maximum(largest, exchange(largest, 1 << b))
+            # fp16 holds the significand of bf16; a power of two brings the largest to 2**14 or a little more
+            exponent = max(u32(word_of(largest) >> u32(23)), u32(15))
+            exponent = min(exponent, u32(253))
+            undo = ptx.as_float(u32(u32(exponent - u32(14)) << u32(23)))
+            factor = ptx.as_float(u32(u32(u32(254 + 14) - exponent) << u32(23)))
+            for i in range(tiles * 2 * steps):
+                x = ptx.unpack_bfloat(queries[i])
+                queries[i] = ptx.pack_half(x[0] * factor, x[1] * factor)
+        one = u32(0x3C003C00)
+        for n in range(tiles):
+            c0 = c1 = c2 = c3 = f32(0.0)
+            for s in range(steps):
+                b = (n * steps + s) * 2
+                c0, c1, c2, c3 = ptx.mma_half(c0, c1, c2, c3, one, one, one, one, queries[b], queries[b + 1])
+            sums[2 * n], sums[2 * n + 1] = c0, c1
+        return undo
+
+    @device
+    def merge_rows(quad, row, first, last, partials, quotient, remainder, head_first):
+        """Sum of a row's four numbers over the blocks ``first .. last``, fetched `BATCH` at a time, in their order."""
+        largest, total = f32(LOWEST), f32(0.0)
+        o0 = o1 = o2 = o3 = f32(0.0)
+        ms, ls = cuda.local.array(BATCH, f32), cuda.local.array(BATCH, f32)
+        fours = cuda.local.array(batch_words, f32)
+        start = first
+        while start <= last:
+            for j in range(BATCH):
+                other = min(u32(start + u32(j)), last)
+                side = u32(0)
+                if first_unit(other, quotient, remainder) < head_first:
+                    side = u32(1)  # their run began before this head, so it is their last segment of two
+                spot = u64(u32(u32(other * u32(2) + side) * u32(group) + row)) * u64(row_bytes)
+                at = ptx.address(partials) + spot
+                v, w = ptx.ldg4(at + u64(quad * u32(16))), ptx.ldg4(at + u64(4 * d))
+                fours[4 * j], fours[4 * j + 1] = ptx.as_float(v[0]), ptx.as_float(v[1])
+                fours[4 * j + 2], fours[4 * j + 3] = ptx.as_float(v[2]), ptx.as_float(v[3])
+                ms[j], ls[j] = ptx.as_float(w[0]), ptx.as_float(w[1])
+            before = largest
+            for j in range(BATCH):
+                largest = ptx.maximum(largest, ms[j])
+            f = ptx.exp2(before - largest)
+            total, o0, o1, o2, o3 = total * f, o0 * f, o1 * f, o2 * f, o3 * f
+            for j in range(BATCH):
+                f = f32(0.0)
+                if u32(start + u32(j)) <= last:
+                    f = ptx.exp2(ms[j] - largest)
+                total = ptx.fuse(f, ls[j], total)
+                o0, o1 = ptx.fuse(f, fours[4 * j], o0), ptx.fuse(f, fours[4 * j + 1], o1)
+                o2, o3 = ptx.fuse(f, fours[4 * j + 2], o2), ptx.fuse(f, fours[4 * j + 3], o3)
+            start = u32(start + u32(BATCH))
+        return o0, o1, o2, o3, total
+
+    @device
+    def write_row(at, total, o0, o1, o2, o3):
+        f = ptx.divide(f32(1.0), total)
+        ptx.stg1(at, pack(o0 * f, o1 * f))
+        ptx.stg1(at + u64(4), pack(o2 * f, o3 * f))
+
+    def kernel(
+        query, pool, tables, lengths, slots, out, partials, counters, batch, kv_heads, width, window, scale_bits, cap_bits
+    ):
+        thread, worker = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x)
+        warp, lane = u32(thread >> u32(5)), u32(thread & u32(31))
+        g, q = u32(lane >> u32(2)), u32(lane & u32(3))
+        base = u32((ptx.shared_base() + u32(127)) & u32(0xFFFFFF80))
+        words, buffers = base + u32(words_at), base + u32(warp * u32(stages * chunk_bytes))
+        barriers = base + u32(barriers_at) + u32(warp * u32(8 * stages))
+        if bulk:  # noqa: SIM102 - a constant, alone so that the compiler drops the branch
+            if lane == u32(0):
+                for s in range(stages):
+                    ptx.barrier_init(barriers + u32(8 * s), u32(1))
+                ptx.barrier_fence()
+        if overlap:
+            ptx.wait_for_previous_kernel()
+            ptx.allow_next_kernel()
+        # how many pages there are, and where this block's run of them starts
+        some = ptx.quotient(u32(batch + u32(threads - 1)), u32(threads))
+        from_, to_ = u32(thread * some), min(batch, u32(u32(thread + u32(1)) * some))
+        count = u32(0)
+        for b in range(from_, to_):
+            slot = ptx.ldg1(ptx.address(slots) + u64(b) * u64(4))
+            pages = span(lengths, slot, window)[3]
+            count = u32(count + pages)
+            if pages == u32(0) and ptx.modulo(u32(b), u32(cuda.gridDim.x)) == worker:
+                # no tokens, nothing to attend to: zeros
+                for item in range(kv_heads * u32(group * d // 2)):
+                    at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
+                    ptx.stg1(ptx.address(out) + at * u64(4), u32(0))
+        inclusive = count
+        for k in range(5):
+            other = u32(ptx.shuffle_up(i32(inclusive), u32(1 << k)))
+            if lane >= u32(1 << k):
+                inclusive = u32(inclusive + other)
+        if lane == u32(31):
+            ptx.sts1(words + u32(warp * u32(4)), inclusive)
+        cuda.syncthreads()
+        total = u32(0)
+        for w in range(warps):
+            other = ptx.lds1(words + u32(4 * w))
+            if u32(w) < warp:
+                inclusive = u32(inclusive + other)
+            total = u32(total + other)
+        units = u32(total * kv_heads)
+        workers = min(u32(cuda.gridDim.x), max(u32(1), ptx.quotient(u32(units + u32(warps - 1)), u32(warps))))
+        quotient = ptx.quotient(units, workers)
+        remainder = u32(units - quotient * workers)
+        unit = end = u32(0)
+        if worker < workers:
+            unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
+        if unit < end:
+            head_of = words + u32(4 * warps)
+            below = u32(u32(inclusive - count) * kv_heads)
+            if below <= unit and unit < u32(inclusive * kv_heads):
+                sequence, rest = from_, u32(unit - below)
+                pages = span(lengths, ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4)), window)[3]
+                while rest >= u32(pages * kv_heads):
+                    rest = u32(rest - pages * kv_heads)
+                    sequence = u32(sequence + u32(1))
+                    pages = span(lengths, ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4)), window)[3]
+                head = ptx.quotient(rest, pages)
+                ptx.sts1(head_of, sequence)
+                ptx.sts1(head_of + u32(4), head)
+                ptx.sts1(head_of + u32(8), u32(rest - head * pages))
+            cuda.syncthreads()
+            sequence, head, page = ptx.lds1(head_of), ptx.lds1(head_of + u32(4)), ptx.lds1(head_of + u32(8))
+            pages, line = where(sequence, lengths, slots, window, width)
+            # what this warp fetches next
+            mine = ahead = u32(unit + warp)
+            sequence_a, head_a, page_a, pages_a, line_a, number_a = sequence, head, page, pages, line, u32(0)
+            if ahead < end:
+                sequence_a, head_a, page_a, pages_a, line_a = skip(
+                    sequence_a, head_a, page_a, pages_a, line_a, warp, lengths, slots, window, width, kv_heads
+                )
+                number_a = number(tables, line_a, page_a)
+            for s in range(stages):
+                if ahead < end:
+                    to = buffers + u32(s * chunk_bytes)
+                    issue(pool, number_a, head_a, kv_heads, to, barriers + u32(8 * s), lane)
+                    ahead = u32(ahead + u32(warps))
+                    if ahead < end:
+                        sequence_a, head_a, page_a, pages_a, line_a = skip(
+                            sequence_a, head_a, page_a, pages_a, line_a, u32(warps), lengths, slots, window, width, kv_heads
+                        )
+                        number_a = number(tables, line_a, page_a)
+                elif not bulk:
+                    ptx.copy_commit()
+            stage = phase = side = u32(0)
+            scale_given, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
+            queries, sums = cuda.local.array(query_words, u32), cuda.local.array(columns, f32)
+            acc, products = cuda.local.array(acc_words, f32), cuda.local.array(product_words, f32)
+            scores, dots = cuda.local.array(score_words, f32), cuda.local.array(dot_words, f32)
+            weights = cuda.local.array(weight_words, u32)
+            largest, totals = cuda.local.array(columns, f32), cuda.local.array(columns, f32)
+            zeros = cuda.local.array(columns, f32)
+            value_scales, value_zeros = (
+                cuda.local.array(rows, f32),
+                cuda.local.array(rows, f32),
+            )
+            while unit < end:
+                slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
+                length, first, first_page, pages = span(lengths, slot, window)
+                stop = min(end, u32(unit + u32(pages - page)))
+                head_first = u32(unit - page)
+                row = u32(u32(sequence * kv_heads + head) * u32(group))
+                scale = scale_given * load_queries(query, row, lane, queries, sums)
+                for i in range(tiles * 4 * steps):
+                    acc[i] = f32(0.0)
+                for i in range(2 * tiles):
+                    largest[i], totals[i], zeros[i] = f32(LOWEST), f32(0.0), f32(0.0)
+                while mine < stop:
+                    at = buffers + stage * u32(chunk_bytes)
+                    if bulk:
+                        ptx.barrier_wait(barriers + stage * u32(8), phase)
+                    else:
+                        wait_oldest()
+                        ptx.warp_barrier()
+                    token = u32(u32(first_page + u32(page + u32(mine - unit))) << u32(shift))
+                    # scores of the page: tokens g and g + 8 of every 16, queries 2 q and 2 q + 1 of every 8
+                    for t in range(token_tiles):
+                        for i in range(4 * tiles):
+                            dots[i] = f32(0.0)
+                        for v in range(vectors):
+                            c = ptx.lds4(at + u32((t * vectors + v) * 512) + lane * u32(16))
+                            multiply_keys(c[0], 4 * v, queries, dots)
+                            multiply_keys(c[1], 4 * v + 1, queries, dots)
+                            multiply_keys(c[2], 4 * v + 2, queries, dots)
+                            multiply_keys(c[3], 4 * v + 3, queries, dots)
+                        pair = at + u32(key_pairs + t * 64) + g * u32(4)
+                        k0, k1 = ptx.unpack_half(ptx.lds1(pair)), ptx.unpack_half(ptx.lds1(pair + u32(32)))
+                        s0, z0, s1, z1 = k0[0], f32(8.0) - k0[1], k1[0], f32(8.0) - k1[1]
+                        for n in range(tiles):
+                            i = (n * token_tiles + t) * 4
+                            scores[i] = finish(ptx.fuse(z0, sums[2 * n], dots[4 * n]) * s0, scale, cap)
+                            scores[i + 1] = finish(ptx.fuse(z0, sums[2 * n + 1], dots[4 * n + 1]) * s0, scale, cap)
+                            scores[i + 2] = finish(ptx.fuse(z1, sums[2 * n], dots[4 * n + 2]) * s1, scale, cap)
+                            scores[i + 3] = finish(ptx.fuse(z1, sums[2 * n + 1], dots[4 * n + 3]) * s1, scale, cap)
+                        pair = at + u32(value_pairs + t * 64) + g * u32(4)
+                        k0, k1 = ptx.unpack_half(ptx.lds1(pair)), ptx.unpack_half(ptx.lds1(pair + u32(32)))
+                        value_scales[2 * t], value_zeros[2 * t] = k0[0], k0[1] - f32(8.0)
+                        value_scales[2 * t + 1], value_zeros[2 * t + 1] = k1[0], k1[1] - f32(8.0)
+                    if token < first or u32(token + u32(size)) > length:
+                        # beyond the ends a page may hold anything, NaN too
+                        for t in range(token_tiles):
+                            for h in range(2):
+                                other = u32(token + u32(16 * t + 8 * h) + g)
+                                if other < first or other >= length:
+                                    value_scales[2 * t + h] = value_zeros[2 * t + h] = f32(0.0)
+                                    for n in range(tiles):
+                                        i = (n * token_tiles + t) * 4 + 2 * h
+                                        scores[i] = scores[i + 1] = f32(LOWEST)
+                    top = value_scales[0]
+                    for i in range(1, 2 * token_tiles):
+                        top = ptx.maximum(top, value_scales[i])
+                    for k in range(2, 5):
+                        top = ptx.maximum(top, exchange(top, 1 << k))
+                    power = u32(word_of(top) & u32(0x7F800000))  # scales of the page are below twice this power of two
+                    back, normal = ptx.as_float(power), ptx.as_float(u32(u32(254 << 23) - power))
+                    for n in range(tiles):
+                        i = n * token_tiles * 4
+                        m0, m1 = scores[i], scores[i + 1]
+                        for t in range(token_tiles):
+                            j = i + 4 * t
+                            m0, m1 = ptx.maximum(m0, scores[j]), ptx.maximum(m1, scores[j + 1])
+                            m0, m1 = ptx.maximum(m0, scores[j + 2]), ptx.maximum(m1, scores[j + 3])
+                        for k in range(2, 5):
+                            m0, m1 = ptx.maximum(m0, exchange(m0, 1 << k)), ptx.maximum(m1, exchange(m1, 1 << k))
+                        l0 = l1 = z0 = z1 = f32(0.0)
+                        for t in range(token_tiles):
+                            j = i + 4 * t
+                            p0, p1 = ptx.exp2(scores[j] - m0), ptx.exp2(scores[j + 1] - m1)
+                            p2, p3 = ptx.exp2(scores[j + 2] - m0), ptx.exp2(scores[j + 3] - m1)
+                            l0, l1 = l0 + (p0 + p2), l1 + (p1 + p3)
+                            s0, s1 = value_scales[2 * t] * normal, value_scales[2 * t + 1] * normal
+                            low, high = ptx.pack_half(p0 * s0, p1 * s0), ptx.pack_half(p2 * s1, p3 * s1)
+                            w0, w1 = ptx.unpack_half(low), ptx.unpack_half(high)
+                            z0 = ptx.fuse(w0[0], value_zeros[2 * t], ptx.fuse(w1[0], value_zeros[2 * t + 1], z0))
+                            z1 = ptx.fuse(w0[1], value_zeros[2 * t], ptx.fuse(w1[1], value_zeros[2 * t + 1], z1))
+                            k = (n * token_tiles + t) * 2
+                            weights[k], weights[k + 1] = ptx.transpose8(low), ptx.transpose8(high)
+                        new0, new1 = ptx.maximum(largest[2 * n], m0), ptx.maximum(largest[2 * n + 1], m1)
+                        f0, f1 = ptx.exp2(largest[2 * n] - new0), ptx.exp2(largest[2 * n + 1] - new1)
+                        g0, g1 = ptx.exp2(m0 - new0), ptx.exp2(m1 - new1)
+                        largest[2 * n], largest[2 * n + 1] = new0, new1
+                        totals[2 * n] = ptx.fuse(totals[2 * n], f0, l0 * g0)
+                        totals[2 * n + 1] = ptx.fuse(totals[2 * n + 1], f1, l1 * g1)
+                        g0, g1 = g0 * back, g1 * back
+                        zeros[2 * n] = ptx.fuse(zeros[2 * n], f0, z0 * g0)
+                        zeros[2 * n + 1] = ptx.fuse(zeros[2 * n + 1], f1, z1 * g1)
+                        # kept for the accumulators below
+                        dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3] = f0, f1, g0, g1
+                    for v in range(steps // at_once):
+                        for i in range(product_words):
+                            products[i] = f32(0.0)
+                        for t in range(token_tiles):
+                            values = at + u32(codes_bytes + (t * vectors + v * at_once // 4) * 512) + lane * u32(16)
+                            if tiles == 1:
+                                c = ptx.lds4(values)
+                                multiply_values(c[0], 0, t, weights, products)
+                                multiply_values(c[1], 1, t, weights, products)
+                                multiply_values(c[2], 2, t, weights, products)
+                                multiply_values(c[3], 3, t, weights, products)
+                            else:
+                                two = ptx.lds2(values + u32(v % 2 * 8))
+                                multiply_values(two[0], 0, t, weights, products)
+                                multiply_values(two[1], 1, t, weights, products)
+                        for n in range(tiles):
+                            f0, f1, g0, g1 = dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3]
+                            for j in range(at_once):
+                                i, k = (n * steps + at_once * v + j) * 4, (n * at_once + j) * 4
+                                acc[i] = ptx.fuse(acc[i], f0, products[k] * g0)
+                                acc[i + 1] = ptx.fuse(acc[i + 1], f1, products[k + 1] * g1)
+                                acc[i + 2] = ptx.fuse(acc[i + 2], f0, products[k + 2] * g0)
+                                acc[i + 3] = ptx.fuse(acc[i + 3], f1, products[k + 3] * g1)
+                    ptx.warp_barrier()  # everybody has read the stage
+                    if ahead < end:
+                        issue(pool, number_a, head_a, kv_heads, at, barriers + stage * u32(8), lane)
+                        ahead = u32(ahead + u32(warps))
+                        if ahead < end:
+                            sequence_a, head_a, page_a, pages_a, line_a = skip(
+                                sequence_a,
+                                head_a,
+                                page_a,
+                                pages_a,
+                                line_a,
+                                u32(warps),
+                                lengths,
+                                slots,
+                                window,
+                                width,
+                                kv_heads,
+                            )
+                            number_a = number(tables, line_a, page_a)
+                    elif not bulk:
+                        ptx.copy_commit()
+                    mine = u32(mine + u32(warps))
+                    stage = u32(stage + u32(1))
+                    if stage == u32(stages):
+                        stage, phase = u32(0), u32(phase ^ u32(1))
+                # the segment ends: every warp leaves its rows in shared memory
+                part = base + u32(parts_at) + u32(warp * u32(group * row_bytes))
+                for n in range(tiles):
+                    for h in range(2):
+                        mass, z = totals[2 * n + h], zeros[2 * n + h]
+                        for k in range(2, 5):
+                            mass, z = mass + exchange(mass, 1 << k), z + exchange(z, 1 << k)
+                        r = u32(u32(8 * n + h) + q * u32(2))
+                        if r < u32(group):
+                            to = part + r * u32(row_bytes)
+                            for j in range(steps):
+                                i = (n * steps + j) * 4 + h
+                                ptx.sts1(to + u32(64 * j) + g * u32(4), word_of(acc[i] - z))
+                                ptx.sts1(to + u32(64 * j + 32) + g * u32(4), word_of(acc[i + 2] - z))
+                            if g == u32(0):
+                                ptx.sts1(to + u32(4 * d), word_of(largest[2 * n + h]))
+                                ptx.sts1(to + u32(4 * d + 4), word_of(mass))
+                cuda.syncthreads()
+                whole = u32(stop - unit) == pages
+                for item in range(thread, u32(group * quads), u32(threads)):
+                    r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
+                    place = base + u32(parts_at) + r * u32(row_bytes)
+                    top = f32(LOWEST)
+                    for w in range(warps):
+                        top = ptx.maximum(top, shared_float(place + u32(w * group * row_bytes + 4 * d)))
+                    mass = o0 = o1 = o2 = o3 = f32(0.0)
+                    for w in range(warps):
+                        theirs = place + u32(w * group * row_bytes)
+                        f = ptx.exp2(shared_float(theirs + u32(4 * d)) - top)
+                        mass = ptx.fuse(f, shared_float(theirs + u32(4 * d + 4)), mass)
+                        four = ptx.lds4(theirs + quad * u32(16))
+                        o0, o1 = ptx.fuse(f, ptx.as_float(four[0]), o0), ptx.fuse(f, ptx.as_float(four[1]), o1)
+                        o2, o3 = ptx.fuse(f, ptx.as_float(four[2]), o2), ptx.fuse(f, ptx.as_float(four[3]), o3)
+                    if whole:
+                        to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
+                        write_row(to_out, mass, o0, o1, o2, o3)
+                    else:
+                        spot = u64(u32(u32(worker * u32(2) + side) * u32(group) + r)) * u64(row_bytes)
+                        to_part = ptx.address(partials) + spot
+                        ptx.stg4(to_part + u64(quad * u32(16)), word_of(o0), word_of(o1), word_of(o2), word_of(o3))
+                        if quad == u32(0):
+                            ptx.stg4(to_part + u64(4 * d), word_of(top), word_of(mass), u32(0), u32(0))
+                if not whole:
+                    cuda.syncthreads()
+                    last_unit = u32(head_first + u32(pages - u32(1)))
+                    first_worker = worker_of(head_first, quotient, remainder)
+                    last_worker = worker_of(last_unit, quotient, remainder)
+                    counter = ptx.address(counters) + u64(u32(sequence * kv_heads + head)) * u64(4)
+                    flag = words + u32(4 * warps + 12)
+                    if thread == u32(0):
+                        # released and acquired for the whole block: barriers on both sides
+                        ptx.sts1(flag, ptx.atomic_inc(counter))
+                    cuda.syncthreads()
+                    if ptx.lds1(flag) == u32(last_worker - first_worker):
+                        for item in range(thread, u32(group * quads), u32(threads)):
+                            r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
+                            o0, o1, o2, o3, mass = merge_rows(
+                                quad, r, first_worker, last_worker, partials, quotient, remainder, head_first
+                            )
+                            to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
+                            write_row(to_out, mass, o0, o1, o2, o3)
+                        if thread == u32(0):
+                            ptx.stg1(counter, u32(0))  # ready for the next launch
+                cuda.syncthreads()  # the rows and the flag may be written again
+                unit, page, side = stop, u32(0), u32(1)
+                if unit < end:
+                    sequence, head, page, pages, line = skip(
+                        sequence, head, u32(pages - u32(1)), pages, line, u32(1), lengths, slots, window, width, kv_heads
+                    )
+
+    residents = 2 if ring.total <= SHARED_HALF else 1
+    return Program(kernel, SIGNATURE, threads, ring.total, overlap=overlap, residents=residents)
+
+
+VERSIONS: dict[str, Callable[..., Program]] = {"v1": v1, "v4": v4}

@@ -1,0 +1,246 @@
+"""What an engine does between the q, k, v GEMM and the output GEMM: heads' norms, rotary positions, the cache, attention.
+
+`ReferenceAttention` works on `paged.PagedCache` with `reference` and torch; `KernelAttention` on the kernels' cache. A
+prompt attends to its own exact keys and values, through torch, on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from . import exact, reference
+from .kv import KVFormat
+from .paged import PAGE, PagedCache
+
+#: RMSNorms of query and key heads ``[D]`` and their epsilon, or None.
+HeadNorms = tuple[torch.Tensor, torch.Tensor, float] | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model's attention and cache: a sequence has at most ``max_tokens`` tokens, ``max_batch`` are open."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_batch: int
+    max_tokens: int
+
+    @property
+    def pages(self) -> int:
+        """Enough for all sequences at their longest."""
+        return self.max_batch * -(-self.max_tokens // PAGE)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of a step, one sequence after the other: ``counts[i]`` of ``sequences[i]``, the first at ``starts[i]``.
+
+    ``positions`` and ``slots`` int32 [M] say the same token by token on the device (a slot is a sequence's number); a
+    captured graph has only these.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    sequences: Sequence[int] = field(default=())
+    counts: Sequence[int] = field(default=())
+    starts: Sequence[int] = field(default=())
+
+
+def batch_of(sequences: Sequence[int], counts: Sequence[int], starts: Sequence[int], device: torch.device) -> Batch:
+    """A `Batch` with its tensors."""
+    positions = torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, counts, strict=True)])
+    slots = torch.tensor(sequences, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    return Batch(positions.to(device), slots.to(device), sequences, counts, starts)
+
+
+class Attention(Protocol):
+    """Attention with a cache. ``qkv [M, (Hq + 2 Hkv) D]``; results ``[M, Hq, D]``."""
+
+    def open(self) -> int:
+        """A new, empty sequence."""
+
+    def free(self, sequence: int) -> None:
+        """End a sequence and take its pages back."""
+
+    def reserve(self, sequences: Sequence[int], totals: Sequence[int]) -> None:
+        """Make room for so many tokens in all of each sequence; raises a RuntimeError where pages are short."""
+
+    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """Prompts: attend to themselves, exactly; keys and values go to the cache."""
+
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """One new token a sequence: into the cache, attend."""
+
+    def advance(self, batch: Batch) -> None:
+        """All layers have had the tokens of a batch."""
+
+
+def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Attention of a prompt to itself: query ``[T, Hq, D]``, key and value ``[T, Hkv, D]`` -> ``[T, Hq, D]``, by torch."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+    length, mask = len(query), None
+    if window is not None and window < length:
+        i = torch.arange(length, device=query.device)
+        mask = (i[:, None] >= i) & (i[:, None] - i < window)
+    seen = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return seen[0].transpose(0, 1)
+
+
+class ReferenceAttention:
+    """`Attention` in plain torch, sequence by sequence."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        form: KVFormat | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        norms: Sequence[HeadNorms],
+        dtype: torch.dtype,
+    ) -> None:
+        self.shape, self.norms = shape, norms
+        self.cos, self.sin = rotary
+        self.cache = PagedCache(shape.layers, shape.kv_heads, shape.head_dim, shape.pages, form, dtype, self.cos.device)
+
+    def open(self) -> int:
+        """See `Attention`."""
+        return self.cache.open()
+
+    def free(self, sequence: int) -> None:
+        """See `Attention`."""
+        self.cache.free(sequence)
+
+    def reserve(self, sequences: Sequence[int], totals: Sequence[int]) -> None:
+        """See `Attention`."""
+        for sequence, total in zip(sequences, totals, strict=True):
+            self.cache.reserve(sequence, total)
+
+    def _heads(self, layer: int, qkv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sizes = [self.shape.heads, self.shape.kv_heads, self.shape.kv_heads]
+        query, key, value = qkv.unflatten(-1, (-1, self.shape.head_dim)).split(sizes, 1)
+        norms, at = self.norms[layer], batch.positions.long()
+        if norms is not None:
+            query, key = exact.rms_norm(query, norms[0], norms[2]), exact.rms_norm(key, norms[1], norms[2])
+        cos, sin = self.cos[at][:, None], self.sin[at][:, None]
+        return exact.rotate(query, cos, sin), exact.rotate(key, cos, sin), value
+
+    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """See `Attention`."""
+        found = []
+        parts = (t.split(list(batch.counts)) for t in self._heads(layer, qkv, batch))
+        for sequence, q, k, v in zip(batch.sequences, *parts, strict=True):
+            found.append(causal(q, k, v, window))
+            self.cache.append(layer, sequence, 0, k, v)
+        return torch.cat(found)
+
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """See `Attention`."""
+        return self.cache.decode(layer, batch.sequences, batch.starts, self._heads(layer, qkv, batch), window)
+
+    def advance(self, batch: Batch) -> None:
+        """See `Attention`; positions say everything here."""
+
+
+class QuantizedOwnAttention(ReferenceAttention):
+    """`ReferenceAttention` whose decoded tokens see their own key and value as the cache has them: `KernelAttention`'s."""
+
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """See `Attention`."""
+        query, key, value = self._heads(layer, qkv, batch)
+        rows = []
+        for i, (sequence, position) in enumerate(zip(batch.sequences, batch.starts, strict=True)):
+            self.cache.append(layer, sequence, position, key[i : i + 1], value[i : i + 1])
+            first = 0 if window is None else max(0, position + 1 - window)
+            keys, values = self.cache.gather(layer, sequence, first, position + 1)
+            rows.append(reference.kv4_attention(query[i : i + 1], keys[None], values[None]))
+        return torch.cat(rows)
+
+
+class KernelAttention:
+    """`Attention` on a GPU, by ``kernels``: the package ``qoqlab_kernels``.
+
+    A decoded token attends to its own key and value as the cache has them, quantised: its reference is
+    `QuantizedOwnAttention`.
+    """
+
+    def __init__(
+        self,
+        kernels: Any,
+        shape: Shape,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        norms: Sequence[HeadNorms],
+    ) -> None:
+        self.kernels, self.shape, self.norms = kernels, shape, norms
+        self.cos, self.sin = rotary
+        # one more sequence, of one token, for the rows of a captured step that have nothing to do
+        self.cache = kernels.PagedKV4(
+            shape.layers,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.pages + 1,
+            PAGE,
+            sequences=shape.max_batch + 1,
+            max_tokens=shape.max_tokens,
+            device=self.cos.device,
+        )
+        self.idle = self.cache.open()
+        self.cache.reserve([self.idle], 1)
+
+    def open(self) -> int:
+        """See `Attention`."""
+        return self.cache.open()
+
+    def free(self, sequence: int) -> None:
+        """See `Attention`."""
+        self.cache.free(sequence)
+
+    def reserve(self, sequences: Sequence[int], totals: Sequence[int]) -> None:
+        """See `Attention`."""
+        for sequence, total in zip(sequences, totals, strict=True):
+            self.cache.reserve([sequence], total - self.cache.length(0, sequence))
+
+    def _normed(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """``qkv`` after the RMSNorms of its heads, where the model has them."""
+        norms, shape = self.norms[layer], self.shape
+        if norms is None:
+            return qkv
+        heads = qkv.unflatten(-1, (-1, shape.head_dim))
+        query, key, value = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
+        query, key = exact.rms_norm(query, norms[0], norms[2]), exact.rms_norm(key, norms[1], norms[2])
+        return torch.cat([query, key, value], 1).flatten(1)
+
+    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """See `Attention`."""
+        qkv, at = self._normed(layer, qkv), batch.positions.long()
+        query = self._append(layer, qkv, batch)
+        new = qkv.unflatten(-1, (-1, self.shape.head_dim))[:, self.shape.heads :]
+        key, value = new.split(self.shape.kv_heads, 1)
+        key = exact.rotate(key, self.cos[at][:, None], self.sin[at][:, None])
+        parts = zip(*(t.split(list(batch.counts)) for t in (query, key, value)), strict=True)
+        return torch.cat([causal(q, k, v, window) for q, k, v in parts])
+
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+        """See `Attention`."""
+        if layer == 0:  # for all layers at once; rows without a sequence may share theirs, so nothing is counted up
+            self.cache.lengths[:, batch.slots.long()] = batch.positions + 1
+        query = self._append(layer, self._normed(layer, qkv), batch)
+        return self.kernels.kv4_attention(query, self.cache, layer, batch.slots, window=window)
+
+    def _append(self, layer: int, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Keys and values into the cache; the turned queries."""
+        return self.kernels.rope_kv4_append(
+            self.cache, layer, batch.slots, qkv, self.cos, self.sin, positions=batch.positions
+        )
+
+    def advance(self, batch: Batch) -> None:
+        """See `Attention`; steps have set the device's lengths, prompts have not."""
+        for sequence, count, start in zip(batch.sequences, batch.counts, batch.starts, strict=True):
+            self.cache.advance([sequence], count)
+            if start == 0:
+                self.cache.lengths[:, sequence] = count

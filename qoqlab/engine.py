@@ -1,0 +1,380 @@
+"""An engine that runs a quantised model step by step: prefill, decode, generate (paper section 5).
+
+Made by `qoqlab.runtime.compile`. It holds the model's weights as the GEMM reads them, q, k and v fused along N, gate and up
+fused along N, and a paged cache. A prompt attends to exact keys and values, a decoded token to the quantised cache and to
+its own exact key and value, as `attention.Mode.RUNTIME` says. The operations come from `arithmetic`, on the reference or on
+the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attention
+from .architecture import Architecture, Block
+from .arithmetic import Ops, Projection, side_by_side
+from .cached_attention import Attention, Batch, HeadNorms, batch_of
+from .checks import require_count
+from .kv import Keys, KVFormat
+from .schemes import WeightKind
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: ``temperature`` 0 takes the likeliest; otherwise it is drawn from the ``top_k``
+    likeliest (None: all) that together hold ``top_p`` of the probability, with a generator that starts from ``seed``."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature!r}")
+        if self.top_k is not None:
+            require_count("top_k", self.top_k, 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number with 0 < top_p <= 1, got {self.top_p!r}")
+
+    def choose(self, logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """int64 tokens ``[B]`` from ``logits [B, V]``."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        scores = logits.float() / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            least = scores.topk(self.top_k).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        probabilities = scores.softmax(-1)
+        if self.top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0)  # the likeliest always stays
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one decoder layer needs."""
+
+    qkv: Projection
+    out: Projection
+    gate_up: Projection
+    down: Projection
+    input_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    window: int | None
+
+
+def check(architecture: Architecture) -> KVFormat | None:
+    """The cache's format, if an engine can run the model. Raises ValueError naming what it cannot run."""
+    forms = set()
+    for block in architecture.blocks:
+        for role, linear in block.linears():
+            form = getattr(linear, "form", None)
+            if form is None:
+                raise ValueError(f"model: {block.name(role)} is not quantised; an engine runs W4A8 recipes such as qoq-g128")
+            if form.kind in (WeightKind.GROUP_U4, WeightKind.GROUP_S4):
+                raise ValueError(f"model: {block.name(role)} has floating-point scales along K, which an engine cannot use")
+            if getattr(linear, "online", None) is not None:
+                raise ValueError(f"model: {block.name(role)} transforms its input, which engines do not")
+            acts = getattr(linear, "activations", None)
+            if getattr(acts, "name", "") != "INT8":
+                raise ValueError(f"model: {block.name(role)} has activations {acts}, an engine needs INT8 per token")
+        kv = KVFormat.of(attention.state(block.attention).grid)
+        if kv is not None and (kv.keys is not Keys.TOKEN or kv.rotate_keys):
+            raise ValueError(
+                f"model: layer {block.index} caches keys per channel or rotated; an engine needs them per token"
+            )
+        if not isinstance(block.mlp.act_fn, nn.SiLU) and type(block.mlp.act_fn).__name__ != "SiLUActivation":
+            raise ValueError(f"model: layer {block.index} has the activation {block.mlp.act_fn}, an engine needs SiLU")
+        forms.add(kv)
+    if len(forms) != 1:
+        raise ValueError("model: layers differ in how they cache keys and values")
+    return forms.pop()
+
+
+def layer_of(block: Block, ops: Ops, device: torch.device) -> Layer:
+    """A block's weights, fused and ready to run on ``device``."""
+
+    def fused(*roles: str) -> Projection:
+        linears: list[Any] = [block.linear(role) for role in roles]
+        joined = side_by_side([_to(linear.quantized, device) for linear in linears])
+        biases = [linear.bias for linear in linears]
+        if all(bias is None for bias in biases):
+            return ops.projection(joined, None)
+        parts = [
+            torch.zeros(linear.out_features) if bias is None else bias.float()
+            for linear, bias in zip(linears, biases, strict=True)
+        ]
+        return ops.projection(joined, torch.cat([part.to(device) for part in parts]))
+
+    return Layer(
+        fused("q", "k", "v"),
+        fused("o"),
+        fused("gate", "up"),
+        fused("down"),
+        gain(block.input_norm, ops.dtype, device),
+        gain(block.mlp_norm, ops.dtype, device),
+        block.window,
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model's weights on one device: quantised layers; embedding and head ``[V, hidden]``, final norm, in 16 bits."""
+
+    layers: list[Layer]
+    embedding: torch.Tensor
+    final_norm: torch.Tensor
+    eps: float
+    head: torch.Tensor
+    head_bias: torch.Tensor | None = None
+
+
+def network_of(architecture: Architecture, ops: Ops, device: torch.device) -> Network:
+    """A model's weights, fused and ready to run."""
+    embedding, head = architecture.embedding.weight.detach().to(device, ops.dtype), architecture.head
+    return Network(
+        [layer_of(block, ops, device) for block in architecture.blocks],
+        embedding,
+        gain(architecture.final_norm, ops.dtype, device),
+        float(architecture.final_norm.variance_epsilon),  # type: ignore[arg-type]
+        embedding if architecture.tied else head.weight.detach().to(device, ops.dtype),
+        None if head.bias is None else head.bias.detach().to(device, ops.dtype),
+    )
+
+
+def gain(norm: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Weight of an RMSNorm."""
+    return norm.weight.detach().to(device, dtype).contiguous()  # type: ignore[operator]
+
+
+def head_norms(block: Block, dtype: torch.dtype, device: torch.device) -> HeadNorms:
+    """RMSNorms of a block's query and key heads (Qwen3), or None."""
+    if block.query_norm is None or block.key_norm is None:
+        return None
+    eps = float(block.query_norm.variance_epsilon)  # type: ignore[arg-type]
+    return gain(block.query_norm, dtype, device), gain(block.key_norm, dtype, device), eps
+
+
+def _to(weight: Any, device: torch.device) -> Any:
+    """A quantised weight on a device."""
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(weight).items()}
+    return type(weight)(**moved)
+
+
+class Step:
+    """A step of ``size`` sequences as a CUDA graph. Rows without a sequence repeat the token 0 of the sequence ``idle``."""
+
+    def __init__(
+        self, compute: Callable[[torch.Tensor, Batch], torch.Tensor], size: int, idle: int, device: torch.device
+    ) -> None:
+        self.ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.positions = torch.zeros(size, dtype=torch.int32, device=device)
+        self.slots = torch.full((size,), idle, dtype=torch.int32, device=device)
+        self.idle, batch = idle, Batch(self.positions, self.slots)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # everything is compiled and loaded before the capture
+            compute(self.ids, batch)
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = compute(self.ids, batch)
+
+    def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Logits ``[B, V]`` of the step for B <= size sequences."""
+        count = len(ids)
+        self.ids[:count], self.positions[:count], self.slots[:count] = ids, batch.positions, batch.slots
+        self.positions[count:], self.slots[count:] = 0, self.idle
+        self.graph.replay()
+        return self.logits[:count].clone()
+
+
+class Engine:
+    """A compiled model: `prefill` prompts, `decode` a token for each of a batch of sequences, `free` them; or `generate`.
+
+    ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each, prompt included. ``lengths``: tokens of every
+    open sequence. On a GPU a step is a captured graph, one for each power of two of sequences, made at its first use.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        ops: Ops,
+        attend: Attention,
+        limits: tuple[int, int],
+    ) -> None:
+        self.network, self.ops, self.attend = network, ops, attend
+        self.max_batch, self.max_tokens = limits
+        self.lengths: dict[int, int] = {}
+        self._steps: dict[int, Step] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.network.embedding.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.network.embedding.shape[0]
+
+    # -- the step ---------------------------------------------------------------------------------------------------------
+
+    def _hidden(self, tokens: torch.Tensor, batch: Batch, prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the last layer adds, the residual before) ``[M, hidden]`` of tokens ``[M]``."""
+        ops, attend = self.ops, self.attend.prompt if prompt else self.attend.step
+        layers, eps = self.network.layers, self.network.eps
+        y = residual = self.network.embedding[tokens]
+        a = ops.norm(residual, layers[0].input_norm, eps)
+        for i, layer in enumerate(layers):
+            seen = attend(i, ops.linear(a, layer.qkv), batch, layer.window)
+            y = ops.linear(ops.quantize(seen.flatten(1)), layer.out)
+            a, residual = ops.add_norm(y, residual, layer.mlp_norm, eps)
+            y = ops.linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
+            if i + 1 < len(layers):
+                a, residual = ops.add_norm(y, residual, layers[i + 1].input_norm, eps)
+        return y, residual
+
+    def _logits(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        network = self.network
+        last = self.ops.last_norm(y, residual, network.final_norm, network.eps)
+        return nn.functional.linear(last, network.head, network.head_bias).float()
+
+    # -- prompts ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int] | torch.Tensor]) -> tuple[list[int], torch.Tensor]:
+        """Take in prompts of any lengths, all tokens in the same GEMMs: (a sequence for each, logits ``[B, V]`` after each).
+
+        Raises ValueError for an empty prompt, one that is longer than ``max_tokens``, a token outside the vocabulary, more
+        prompts than ``max_batch`` has room for; a RuntimeError (`paged.PagesExhausted` on a CPU) where the cache is full.
+        """
+        ids = [self._checked(prompt) for prompt in prompts]
+        if not ids or len(self.lengths) + len(ids) > self.max_batch:
+            raise ValueError(
+                f"prompts: {len(ids)} beside {len(self.lengths)} sequences in work; expected at least 1 and together at "
+                f"most max_batch = {self.max_batch}"
+            )
+        sequences, counts = [self.attend.open() for _ in ids], [len(prompt) for prompt in ids]
+        try:
+            self.attend.reserve(sequences, counts)
+        except BaseException:
+            for sequence in sequences:
+                self.attend.free(sequence)
+            raise
+        batch = batch_of(sequences, counts, [0] * len(ids), self.device)
+        y, residual = self._hidden(torch.cat(ids).to(self.device), batch, prompt=True)
+        self.attend.advance(batch)
+        self.lengths |= dict(zip(sequences, counts, strict=True))
+        last = torch.tensor(counts).cumsum(0).sub(1).to(self.device)
+        return sequences, self._logits(y[last], residual[last])
+
+    def _checked(self, prompt: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        ids = torch.as_tensor(prompt)
+        if ids.ndim != 1 or ids.is_floating_point() or not 1 <= len(ids) <= self.max_tokens:
+            raise ValueError(
+                f"prompts: expected 1..{self.max_tokens} token numbers each, got {ids.dtype} of shape {list(ids.shape)}"
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+            raise ValueError(f"prompts: tokens must lie in 0..{self.vocabulary - 1}, got {int(ids.min())}..{int(ids.max())}")
+        return ids.long().cpu()
+
+    # -- decoding ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(self, sequences: Sequence[int], tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Append one token to each of several different sequences: fp32 logits ``[B, V]`` for what follows.
+
+        Raises KeyError for a sequence that is not open, ValueError for one named twice or at ``max_tokens``, or for tokens
+        that do not fit; a RuntimeError (`paged.PagesExhausted` on a CPU) where the cache is full.
+        """
+        ids = torch.as_tensor(tokens)
+        self._check_batch(sequences, ids)
+        starts = [self.lengths[sequence] for sequence in sequences]
+        self.attend.reserve(sequences, [start + 1 for start in starts])
+        batch = batch_of(sequences, [1] * len(starts), starts, self.device)
+        ids = ids.to(self.device).long()
+        if self.device.type == "cuda":
+            logits = self._captured(len(sequences))(ids, batch)
+        else:
+            logits = self._logits(*self._hidden(ids, batch, prompt=False))
+        self.attend.advance(batch)
+        for sequence in sequences:
+            self.lengths[sequence] += 1
+        return logits
+
+    def _captured(self, count: int) -> Step:
+        """The captured step for at least ``count`` sequences."""
+        size = 1 << (count - 1).bit_length()
+        if size not in self._steps:
+            idle = int(self.attend.idle)  # type: ignore[attr-defined]
+            self._steps[size] = Step(
+                lambda ids, batch: self._logits(*self._hidden(ids, batch, prompt=False)), size, idle, self.device
+            )
+        return self._steps[size]
+
+    def _check_batch(self, sequences: Sequence[int], ids: torch.Tensor) -> None:
+        if not sequences or ids.shape != (len(sequences),):
+            raise ValueError(f"tokens: expected one for each of {len(sequences)} sequences, got shape {list(ids.shape)}")
+        if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+            raise ValueError(f"tokens: tokens must lie in 0..{self.vocabulary - 1}, got {ids.tolist()}")
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"sequences: expected different ones, got {list(sequences)}")
+        for sequence in sequences:
+            if sequence not in self.lengths:
+                raise KeyError(f"sequences: {sequence} is not open")
+            if self.lengths[sequence] >= self.max_tokens:
+                raise ValueError(f"sequences: {sequence} has max_tokens = {self.max_tokens} tokens already")
+
+    def free(self, sequences: Sequence[int]) -> None:
+        """End sequences and give their pages back. Raises KeyError for one that is not open."""
+        for sequence in sequences:
+            if sequence not in self.lengths:
+                raise KeyError(f"sequences: {sequence} is not open")
+            self.attend.free(sequence)
+            del self.lengths[sequence]
+
+    # -- generation -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int] | torch.Tensor],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),
+        stop: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Continue prompts of any lengths: the new tokens of each, at most ``max_new_tokens``, up to and with a token of
+        ``stop``.
+
+        Raises ValueError as `prefill` does, and for a prompt that leaves too little of ``max_tokens``.
+        """
+        require_count("max_new_tokens", max_new_tokens, 1)
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if longest + max_new_tokens - 1 > self.max_tokens:
+            raise ValueError(
+                f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens exceed max_tokens = {self.max_tokens}"
+            )
+        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        sequences, logits = self.prefill(prompts)
+        found: list[list[int]] = [[] for _ in sequences]
+        running = list(range(len(sequences)))
+        try:
+            while True:
+                tokens = sampling.choose(logits, generator).tolist()
+                for i, token in zip(running, tokens, strict=True):
+                    found[i].append(token)
+                running = [i for i in running if len(found[i]) < max_new_tokens and found[i][-1] not in stop]
+                if not running:
+                    return found
+                logits = self.decode([sequences[i] for i in running], [found[i][-1] for i in running])
+        finally:
+            self.free(sequences)

@@ -1,0 +1,54 @@
+"""The fused element-wise kernels compiled for Ampere, Ada and Hopper without a GPU, and what the compilers report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from qoqlab_kernels import cases, elementwise, rope
+from qoqlab_kernels.pages import ChunkLayout
+
+from .compilers import assert_clean, compile_offline, needs_compilers
+
+pytestmark = needs_compilers
+
+#: Branch instructions, recorded with CUDA 13.5 and rounded up; most are subroutines of divisions and square roots.
+BRANCHES = {"norm": 50, "add_norm": 50, "silu": 150}
+ROPE_BRANCHES = 150
+#: Usual sizes, and the widest of each kind, which need the most registers.
+KERNELS = [
+    (("norm", "half", 4096, 512, True, True), (9, 0)),
+    (("norm", "bfloat", cases.WIDEST_K, 1024), (8, 0)),
+    (("add_norm", "half", 32, 64), (8, 9)),
+    (("add_norm", "bfloat", 4096, 128), (8, 0)),
+    (("add_norm", "half", 16384, 1024, False, True), (9, 0)),
+    (("silu", "half", 14336, 512, True, True), (9, 0)),
+    (("silu", "bfloat", cases.WIDEST_K, 1024), (8, 9)),
+    (("add_norm", "half", 32768, 512, True, True), (9, 0)),
+]
+
+
+@pytest.mark.parametrize(("constants", "capability"), KERNELS, ids=lambda v: "-".join(map(str, v)))
+def test_kernels(constants: tuple, capability: tuple, tmp_path: Path) -> None:
+    program = elementwise.elementwise(*constants)
+    made = compile_offline(program, capability, tmp_path)
+    assert_clean(made, program, BRANCHES[constants[0]])
+    quantising = len(constants) < 5 or constants[4]
+    assert ("REDUX" in made.opcodes) == quantising  # the largest value and the sum of codes of a warp
+    assert "LDG.E.128" in made.listing and ("STG.E.64" in made.listing) == quantising
+
+
+@pytest.mark.parametrize(
+    ("constants", "capability"),
+    [
+        (("half", 32, 8, ChunkLayout(128), True, True), (9, 0)),
+        (("bfloat", 64, 8, ChunkLayout(128), False), (8, 0)),
+        (("half", 4, 4, ChunkLayout(64, 16), True), (8, 9)),
+    ],
+    ids=lambda v: "-".join(map(str, v[:3])),
+)
+def test_rope_and_append(constants: tuple, capability: tuple, tmp_path: Path) -> None:
+    program = rope.rope_kv4(*constants)
+    made = compile_offline(program, capability, tmp_path)
+    assert_clean(made, program, ROPE_BRANCHES)
+    assert "STG.E.U8" in made.listing and "SHFL" in made.opcodes
