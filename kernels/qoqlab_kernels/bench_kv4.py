@@ -2,9 +2,9 @@
 
     python -m qoqlab_kernels.bench kv4_decode --json data/benchmarks/kv4_decode.json
 
-Every result is compared with an fp32 reference on the dequantised cache before and after timing. Peers are torch's flash
-and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries (``enable_gqa``), and with the
-query group as the sequence of queries, which is the same product without masking and what serving libraries do.
+Every result is compared with an fp32 reference on the dequantised cache before it is timed and after. Peers are torch's
+flash and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries (``enable_gqa``), and
+with the query group as the sequence of queries, which is the same product without masking and what serving libraries do.
 """
 
 from __future__ import annotations
@@ -160,16 +160,18 @@ def time_peers(data: Operands, point: Point, cache_bytes: int, about_us: float) 
     k, v = ([x, *(x.clone() for _ in range(count - 1))] for x in (data.keys, data.values))
     group = point.heads // point.kv_heads
     single, folded = data.query[:, :, None], data.query.unflatten(1, (point.kv_heads, group))
+    ways: list[tuple[str, torch.Tensor, dict[str, Any]]] = [
+        ("gqa", single, {"enable_gqa": group > 1}),
+        ("folded", folded, {}),
+    ]
     times: dict[str, float] = {}
     refused: dict[str, str] = {}
     for backend, kind in BACKENDS.items():
-        for how, query, grouped in (("gqa", single, group > 1), ("folded", folded, False)):
+        for how, query, options in ways:
             if group == 1 and how == "folded":
                 continue
             name = f"{backend}_{how}"
-            calls = [
-                partial(scaled_dot_product_attention, query, a, b, enable_gqa=grouped) for a, b in zip(k, v, strict=True)
-            ]
+            calls = [partial(scaled_dot_product_attention, query, a, b, **options) for a, b in zip(k, v, strict=True)]
             try:
                 with sdpa_kernel(kind):
                     error = error_of(calls[0]().reshape(data.want.shape), data.want)

@@ -24,7 +24,7 @@ class PagedKV4:
     [layers, sequences] lie on the device and change in place, so that captured CUDA graphs see them grow; unused entries of
     the tables are 0.
 
-    A sequence is a small number, from `open`. Each layer appends on its own; its length is what its attention sees.
+    A sequence is a small number, from `open`. Each layer appends on its own; its length is what attention there sees.
 
     Raises ValueError naming the argument for sizes that are not possible.
 
@@ -195,7 +195,7 @@ class PagedKV4:
             self._length[sequence][layer] += tokens
 
     def write(self, layer: int, slots: torch.Tensor, keys: QuantizedKV, values: QuantizedKV) -> None:
-        """The device's part of `append`: codes ``[B, kv_heads, T, D]`` behind the tokens of the sequences ``slots`` int64
+        """The device's part of `append`: put codes ``[B, kv_heads, T, D]`` behind the tokens of sequences ``slots`` int64
         [B] and let their lengths grow. Nothing is checked and nothing waits, so it may be captured in a CUDA graph."""
         tokens = keys.codes.shape[2]
         position = self.lengths[layer, slots].long()[:, None] + torch.arange(tokens, device=self.device)  # [B, T]

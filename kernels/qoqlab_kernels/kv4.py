@@ -17,10 +17,10 @@ w is rounded to fp16 for the tensor cores, p relative to the largest score of it
 (a power of two), so w lies in [0, 2) with its largest element near 1 whatever the context's length: nothing underflows that
 counts. The same rounded w multiplies codes and zeros. Every page's product is added to fp32 accumulators on its own.
 
-Work. The flat list of (sequence, KV head, page) is cut into equal runs, one a block, whose warps take pages by turns, each
-through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory when it
-ends. A (sequence, head) that several blocks share is merged by whichever comes last, always in the order of blocks, so
-results repeat bit for bit.
+Work. The flat list of (sequence, KV head, page) is cut into equal runs, one a block; a block's warps take pages by turns,
+each through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory
+when it ends. A (sequence, head) that several blocks share is merged by whichever comes last, always in the order of blocks,
+so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -256,6 +256,14 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
     score_words, weight_words = tiles * 4 * token_tiles, tiles * 2 * token_tiles
 
     @device
+    def prepare(barriers, lane):
+        """The barriers of a warp's stages."""
+        if lane == u32(0):
+            for s in range(stages):
+                ptx.barrier_init(barriers + u32(8 * s), u32(1))
+            ptx.barrier_fence()
+
+    @device
     def issue(pool, page, head, kv_heads, to, barrier, lane):
         """Start to fetch a chunk."""
         source = ptx.address(pool) + (u64(page) * u64(kv_heads) + u64(head)) * u64(chunk_bytes)
@@ -400,11 +408,8 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
         base = u32((ptx.shared_base() + u32(127)) & u32(0xFFFFFF80))
         words, buffers = base + u32(words_at), base + u32(warp * u32(stages * chunk_bytes))
         barriers = base + u32(barriers_at) + u32(warp * u32(8 * stages))
-        if bulk:  # noqa: SIM102 - a constant, alone so that the compiler drops the branch
-            if lane == u32(0):
-                for s in range(stages):
-                    ptx.barrier_init(barriers + u32(8 * s), u32(1))
-                ptx.barrier_fence()
+        if bulk:
+            prepare(barriers, lane)
         if overlap:
             ptx.wait_for_previous_kernel()
             ptx.allow_next_kernel()

@@ -28,6 +28,7 @@ from qoqlab.pipeline import quantize as quantize_model
 from ..families import build, cast_parameters
 from .engines import pair as engine_pair
 from .expected import product
+from .simulated_attention import attention_case, attention_errors, attention_mutant_case, public_attention_case
 
 GUARD = 512  # elements of poison before and after an output
 
@@ -510,19 +511,9 @@ def error_cases() -> dict:
 FUNCTIONS = {
     f.__name__: f
     for f in (
-        gemm_case,
-        public_case,
-        compiled_case,
-        quantize_case,
-        fused_case,
-        rope_case,
-        compiled_fused_case,
-        fused_errors,
-        spoilt_case,
-        mutant_case,
-        cluster_case,
-        engine_case,
-        error_cases,
+        *(gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases),
+        *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case),
+        *(attention_case, public_attention_case, attention_mutant_case, attention_errors),
     )
 }
 

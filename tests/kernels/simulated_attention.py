@@ -1,0 +1,95 @@
+"""What of decode attention runs inside the CUDA simulator, see `simulated`: functions from JSON to JSON."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest import mock
+
+import qoqlab_kernels as qk
+import torch
+from qoqlab_kernels import emulation, matmul, ptx
+from qoqlab_kernels.attention import AttentionPlan
+from qoqlab_kernels.kv4 import Form
+
+from .attended import attend, expected, filled
+
+
+def attention_case(form: dict, plan: dict, reverse: bool = False, **options: Any) -> dict:
+    """Attention by a plan; "counters": how much is left in the counters afterwards, which must be nothing."""
+    from .simulated import backwards
+
+    p = AttentionPlan(**plan)
+    with backwards() if reverse else contextlib.nullcontext():
+        found = attend(p, Form(**form), **options)
+    _, counters = matmul.room(1, 1, torch.device("cpu"))
+    return found | {"counters": int(counters.abs().sum()) if p.version == "v4" else 0}
+
+
+def public_attention_case(dtype: str = "float16", **options: Any) -> dict:
+    """`kv4_attention` from end to end, on a list of sequences and on a tensor."""
+    form = Form(64, 2, 16)
+    cache, sequences = filled(form, 1, [5, 20])
+    query = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
+    want = expected(query, cache, sequences, options.get("scale") or 0.125, options.get("window"), options.get("softcap"))
+    got = [
+        qk.kv4_attention(query, cache, 1, which, **options)
+        for which in (sequences, torch.tensor(sequences, dtype=torch.int32))
+    ]
+    return {
+        "error": ((got[0].double() - want).norm() / want.norm()).item(),
+        "same": torch.equal(*got),
+        "dtype": str(got[0].dtype),
+    }
+
+
+def attention_mutant_case(what: str) -> dict:
+    """v4 with one instruction changed: its error. "nothing" changes none."""
+    weigh, cap = emulation.pack_half, emulation.maximum
+    name, wrong = {
+        "nothing": ("pack_half", weigh),
+        "weights of neighbours": ("pack_half", lambda low, high: weigh(high, low)),
+        "no transposition": ("transpose8", lambda word: word),
+        "no largest score": ("maximum", lambda a, b: cap(a, a)),
+        "counts no arrivals": ("atomic_inc", lambda at: 0),
+        "offset of the codes": ("subtract_pair", lambda a, b: emulation.subtract_pair(a, int(b) - 0x10001)),
+    }[what]
+    with mock.patch.object(ptx, name, wrong):
+        found = attend(AttentionPlan("v4", 2, 2, True, 3), Form(64, 2, 16), 1, [50])
+    for _, counters in [matmul.room(1, 1, torch.device("cpu"))]:
+        counters.zero_()
+    return found
+
+
+def attention_errors() -> dict:
+    """Bad input of `kv4_attention`: name -> ``[class, message]``."""
+    from .simulated import message_of
+
+    cache = qk.PagedKV4(1, 2, 64, 4)
+    s = cache.open()
+    cache.append(0, [s], torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 64))
+    query = torch.ones(1, 4, 64, dtype=torch.float16)
+
+    def call(q: Any = query, c: Any = cache, layer: Any = 0, which: Any = (s,), **options: Any) -> Any:
+        return lambda: qk.kv4_attention(q, c, layer, which, **options)
+
+    calls = {
+        "cache: a tensor": call(c=query),
+        "query: a list": call(q=[1.0]),
+        "query: fp32": call(q=query.float()),
+        "query: two dimensions": call(q=query[0]),
+        "query: other sequences": call(q=query.repeat(2, 1, 1)),
+        "query: other D": call(q=torch.ones(1, 4, 128, dtype=torch.float16)),
+        "query: 3 heads": call(q=query[:, :3]),
+        "query: 34 heads": call(q=query[:, :1].repeat(1, 34, 1)),
+        "query: elsewhere": call(q=query.to("meta")),
+        "layer: 1": call(layer=1),
+        "sequences: not open": call(which=[5]),
+        "sequences: int64": call(which=torch.tensor([s])),
+        "scale: 0": call(scale=0),
+        "scale: NaN": call(scale=float("nan")),
+        "softcap: negative": call(softcap=-1.0),
+        "window: 0": call(window=0),
+        "window: 1.5": call(window=1.5),
+    }
+    return {name: message_of(call) for name, call in calls.items()}

@@ -1,0 +1,62 @@
+"""Decode attention compiled for Ampere, Ada and Hopper without a GPU, and what the compilers report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from qoqlab_kernels import kv4
+from qoqlab_kernels.attention import plan_for
+from qoqlab_kernels.kv4 import Form
+
+from .compilers import assert_clean, compile_offline, needs_compilers
+
+pytestmark = needs_compilers
+
+#: Compute capability -> shared memory of a block and of a multiprocessor, bytes (CUDA programming guide, table of limits).
+SHARED = {(8, 0): (166912, 167936), (8, 9): (101376, 102400), (9, 0): (232448, 233472)}
+#: Branch instructions, recorded with CUDA 13 and rounded up: loops over sequences, divisions, merges.
+BRANCHES = 140
+
+
+def name(value: object) -> str:
+    if isinstance(value, Form):
+        more = "".join(f"-{k}" for k in ("bfloat", "softcap") if getattr(value, k))
+        return f"d{value.head_dim}-g{value.group}-p{value.page_size}{more}"
+    return f"sm{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("form", "capability"),
+    [
+        (Form(128, 4), (9, 0)),
+        (Form(128, 4), (8, 0)),
+        (Form(128, 1), (8, 9)),
+        (Form(64, 7, 16, True, True), (9, 0)),
+        (Form(64, 16, 64, False, True), (8, 0)),
+    ],
+    ids=name,
+)
+def test_v4(form: Form, capability: tuple, tmp_path: Path) -> None:
+    plan = plan_for(form, capability, 100, *SHARED[capability])
+    program = kv4.v4(*plan.constants(form))
+    made = compile_offline(program, capability, tmp_path)
+    assert_clean(made, program, BRANCHES)
+    # sums of queries, then keys and values of a page: written out, nothing more
+    assert made.opcodes["HMMA"] == form.tiles * (form.head_dim // 16) * (1 + 2 * form.page_size // 16)
+    assert ("UBLKCP" in made.opcodes) == (capability >= (9, 0)) != ("LDGSTS" in made.opcodes)
+
+
+def test_wide_groups_spill_little(tmp_path: Path) -> None:
+    """Two tiles of queries at head_dim 128 need every register; a few numbers that change once a segment leave them."""
+    form = Form(128, 16)
+    program = kv4.v4(*plan_for(form, (9, 0), 100, *SHARED[9, 0]).constants(form))
+    made = compile_offline(program, (9, 0), tmp_path)
+    assert made.registers <= 255 and made.opcodes["LDL"] <= 40 and made.opcodes["STL"] <= 24
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=name)
+def test_v1(capability: tuple, tmp_path: Path) -> None:
+    """Its accumulators are indexed by a loop, so they lie in local memory: what the later versions do away with."""
+    made = compile_offline(kv4.v1(Form(128, 4)), capability, tmp_path)
+    assert {"LDL", "STL"} <= set(made.opcodes) and "HMMA" not in made.opcodes

@@ -1,0 +1,89 @@
+"""Decode attention on a GPU: every form against fp64 on the dequantised cache, long contexts, graphs that grow."""
+
+from __future__ import annotations
+
+import pytest
+import qoqlab_kernels as qk
+import torch
+from qoqlab_kernels import attention
+from qoqlab_kernels.attention import AttentionPlan
+from qoqlab_kernels.kv4 import Form
+
+from qoqlab.kv import quantize_kv4
+
+from .attended import attend, expected
+
+HERE = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not HERE or torch.cuda.get_device_capability() < (8, 0),
+        reason="needs an NVIDIA GPU of compute capability 8.0 or newer",
+    ),
+]
+
+
+def check(form: Form, kv_heads: int, lengths: list[int], plan: AttentionPlan | None = None, **options: object) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    plan = plan or attention.attention_plan(form, device)
+    found = attend(plan, form, kv_heads, lengths, repeats=3, device="cuda", **options)  # type: ignore[arg-type]
+    error = found.pop("error")
+    assert found == {"right": True, "kept": True, "repeats": True}, error
+
+
+@pytest.mark.parametrize("group", [1, 4, 7, 8, 12, 16])
+@pytest.mark.parametrize(("dim", "page_size"), [(64, 16), (64, 64), (128, 32), (128, 64), (128, 128)])
+def test_forms(dim: int, page_size: int, group: int) -> None:
+    check(Form(dim, group, page_size), 3, [1, 0, 63, 64, 65, 1000, 300])
+
+
+@pytest.mark.parametrize("bulk", [True, False])
+def test_ways_to_fetch(bulk: bool) -> None:
+    if bulk and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("bulk copies need compute capability 9.0")
+    check(Form(128, 4), 8, [1, 100, 5000, 0, 64], AttentionPlan("v4", 4, 2, bulk, 200))
+
+
+def test_v1() -> None:
+    check(Form(128, 4), 2, [1, 100, 0, 333], AttentionPlan("v1"), window=50)
+
+
+@pytest.mark.parametrize("what", ["normal", "uniform", "offset", "constant", "peaked", "tiny"])
+@pytest.mark.parametrize("tokens", [16384, 131072])
+def test_long_contexts(tokens: int, what: str) -> None:
+    check(Form(128, 4), 2, [tokens, 7], what=what)
+
+
+@pytest.mark.parametrize("bfloat", [False, True])
+def test_window_and_softcap(bfloat: bool) -> None:
+    check(Form(128, 4, 64, bfloat, True), 2, [3000, 200, 5], window=333, softcap=20.0)
+
+
+def test_hundreds_of_sequences() -> None:
+    check(Form(128, 4), 2, [1 + 7 * i for i in range(300)])
+
+
+def test_a_graph_sees_lengths_grow() -> None:
+    cache = qk.PagedKV4(2, 2, 64, 16, device="cuda", sequences=2)
+    sequences = [cache.open(), cache.open()]
+    x = torch.randn(2, 2, 70, 64, device="cuda")
+    cache.append(1, sequences, x[:, :, :60], -x[:, :, :60])
+    query = torch.randn(2, 8, 64, device="cuda").half()
+    slots = torch.tensor(sequences, dtype=torch.int32, device="cuda")
+    qk.kv4_attention(query, cache, 1, slots)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = qk.kv4_attention(query, cache, 1, slots)
+    for i in range(60, 70):
+        cache.append(1, sequences, x[:, :, i : i + 1], -x[:, :, i : i + 1])
+        graph.replay()
+        want = expected(query, cache, sequences, 0.125, None, None)
+        assert (out.double() - want).norm() <= 1e-3 * want.norm()
+
+
+def test_append_on_the_gpu_is_bit_exact() -> None:
+    x = torch.randn(1, 2, 100, 128, device="cuda")
+    cache = qk.PagedKV4(1, 2, 128, 4, device="cuda")
+    s = cache.open()
+    cache.append(0, [s], x, x * 3)
+    assert torch.equal(cache.gather(0, s)[1], quantize_kv4(x[0] * 3).dequantize())
