@@ -194,6 +194,15 @@ def stg4(at: int, *values: Any) -> None:
     _block().global_bytes(at, 16, 16).view(np.uint32)[:] = values
 
 
+store_release = stg1
+
+
+def wait_until_set(at: int) -> None:
+    """Blocks run one after the other: a flag that is not set now will never be."""
+    if not ldg1(at):
+        raise RuntimeError("wait_until_set: nobody before has set the flag")
+
+
 def atomic_inc(at: int) -> np.uint32:
     block = _block()
     with block.lock:

@@ -19,8 +19,9 @@ epilogue:
     y = acc * (x_scale * scale) - sum_x * x_scale * zero     per channel with a scaled (fp16) zero
 
 Stream-K. The work is ``row tiles x token tiles x units of 128 inputs``, in that order; every worker takes an equal run of
-it. A tile that several workers share is summed by whichever of them comes last, so nobody waits, and integers make the order
-of summation irrelevant: results repeat bit for bit.
+it, last tile first. So what lies in a tile that the next worker ends is computed and handed over at once, and what the
+worker before has handed over is needed last: hardly anybody waits. Integers make the order of summation irrelevant: results
+repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _array(dtype: object) -> object:
     return types.Array(dtype, 1, "C")
 
 
-#: units, activation tiles, token constants, row constants, bias, out, partial sums, their counters,
+#: units, activation tiles, token constants, row constants, bias, out, partial sums, their flags,
 #: m, n, blocks of 64 outputs, units of 128 inputs, row tiles, token tiles
 SIGNATURE = tuple(map(_array, (ptx.u8, ptx.u8, u32, u32, f32, types.uint16, ptx.u8, u32))) + (u32,) * 6
 
@@ -181,7 +182,7 @@ def v1(form: Form) -> Program:
     weight, activation = element_readers(form)
     store = storer(form)
 
-    def kernel(units, x, tokens, rows, bias, out, partials, counters, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
+    def kernel(units, x, tokens, rows, bias, out, partials, flags, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
         row, token = i32(cuda.blockIdx.y * 64 + cuda.threadIdx.x), i32(cuda.blockIdx.x)
         if row < n:
             padded = i32((m + 7) // 8 * 8)
@@ -201,7 +202,7 @@ def v2(form: Form) -> Program:
     weight, activation = element_readers(form)
     store = storer(form)
 
-    def kernel(units, x, tokens, rows, bias, out, partials, counters, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
+    def kernel(units, x, tokens, rows, bias, out, partials, flags, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
         ws = cuda.shared.array((16, 33), i32)  # 33: rows start in different banks
         xs = cuda.shared.array((16, 33), i32)
         thread = i32(cuda.threadIdx.x)
@@ -236,7 +237,7 @@ def v3(form: Form) -> Program:
     def four_dots(a0, a1, a2, a3, x0, x1, total0, total1):
         return ptx.dp4a(a2, x1, ptx.dp4a(a0, x0, total0)), ptx.dp4a(a3, x1, ptx.dp4a(a1, x0, total1))
 
-    def kernel(units, x, tokens, rows, bias, out, partials, counters, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
+    def kernel(units, x, tokens, rows, bias, out, partials, flags, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
         thread, token = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x)
         g, q, turn = u32((thread & u32(31)) >> u32(2)), u32(thread & u32(3)), u32(token & u32(7))
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
@@ -288,11 +289,11 @@ def worker_of(unit, quotient, remainder):
 
 
 @device
-def segment(unit, end, k_blocks):
-    """The part of a worker's run that lies in one tile: (tile, first unit in it, one past the last)."""
-    tile = ptx.quotient(unit, k_blocks)
-    k = u32(unit - tile * k_blocks)
-    return tile, k, min(k_blocks, u32(k + (end - unit)))
+def last_segment(unit, end, k_blocks):
+    """The part of a run ``unit .. end`` that lies in its last tile: (tile, first unit in it, one past the last)."""
+    tile = ptx.quotient(u32(end - u32(1)), k_blocks)
+    start = u32(tile * k_blocks)
+    return tile, u32(max(unit, start) - start), u32(end - start)
 
 
 def part_movers(store: Callable, load: Callable, number: Callable, quads: int) -> tuple[Callable, Callable]:
@@ -311,51 +312,53 @@ def part_movers(store: Callable, load: Callable, number: Callable, quads: int) -
     return ptx.each_quad(store_quad, quads), ptx.map_quads(add_quad, quads)
 
 
-def combiner(tokens: int, parts: int) -> Callable:
-    """Device function: 128 threads bring their part of a shared tile; the last to come gets the sum of all of them.
+def sharers(tokens: int, parts: int) -> tuple[Callable, Callable, Callable]:
+    """Device functions for tiles that workers share; ``parts``: groups of 128 threads in a worker, each on its own.
 
-    Returns (accumulators, whether they are complete). ``parts``: groups of 128 threads in a worker. Every worker has room
-    for the two tiles that it can share, one at each end of its run.
+    ``give`` leaves accumulators for the worker that has the tile's last units; ``publish`` tells it that they are there;
+    ``take`` adds those that all others have left. A worker gives at most once, its first segment, and takes at most once,
+    its last. It waits for workers before it only, which the hardware has started before it, and they have published before
+    they wait themselves.
     """
     store_part, add_part = part_movers(ptx.stg4, ptx.ldg4, u64, tokens // 8)
     part_bytes = 64 * tokens * 4
 
     @device
-    def place(partials, worker, side, part, thread):
-        spot = u32(u32(worker * u32(2) + side) * u32(parts) + part)
-        return ptx.address(partials) + u64(spot) * u64(part_bytes) + u64(thread * u32(16))
+    def place(partials, worker, part, thread):
+        return ptx.address(partials) + u64(u32(worker * u32(parts) + part)) * u64(part_bytes) + u64(thread * u32(16))
 
     @device
-    def combine(acc, tile, side, part, worker, quotient, remainder, k_blocks, partials, counters, thread, barrier, flag):
-        store_part(acc, place(partials, worker, side, part, thread))
-        cuda.threadfence()
-        ptx.named_barrier(barrier, u32(128))
-        head = u32(tile * k_blocks)
-        first, last = worker_of(head, quotient, remainder), worker_of(u32(head + k_blocks - u32(1)), quotient, remainder)
-        counter = ptx.address(counters) + u64(tile * u32(parts) + part) * u64(4)
-        if thread == u32(0):
-            ptx.sts1(flag, ptx.atomic_inc(counter))
-        ptx.named_barrier(barrier, u32(128))
-        complete = ptx.lds1(flag) == u32(last - first)
-        if complete:
-            cuda.threadfence()
-            for i in range(first, last + u32(1)):
-                other = u32(i)
-                if other != worker:
-                    theirs = u32(0)
-                    if first_unit(other, quotient, remainder) < head:
-                        theirs = u32(1)  # their run began before this tile, so it ends in it
-                    acc = add_part(acc, place(partials, other, theirs, part, thread))
-            if thread == u32(0):
-                ptx.stg1(counter, u32(0))  # ready for the next launch
-        return acc, complete
+    def flag_of(flags, worker, part):
+        return ptx.address(flags) + u64(u32(worker * u32(parts) + part)) * u64(4)
 
-    return combine
+    @device
+    def give(acc, worker, part, partials, thread):
+        store_part(acc, place(partials, worker, part, thread))
+
+    @device
+    def publish(worker, part, flags, thread, barrier):
+        ptx.named_barrier(barrier, u32(128))
+        if thread == u32(0):
+            ptx.store_release(flag_of(flags, worker, part), u32(1))
+
+    @device
+    def take(acc, tile, worker, part, quotient, remainder, k_blocks, partials, flags, thread, barrier):
+        first = worker_of(u32(tile * k_blocks), quotient, remainder)
+        for i in range(first, worker):
+            ptx.wait_until_set(flag_of(flags, u32(i), part))
+            acc = add_part(acc, place(partials, u32(i), part, thread))
+        ptx.named_barrier(barrier, u32(128))
+        for i in range(first, worker):
+            if thread == u32(0):
+                ptx.stg1(flag_of(flags, u32(i), part), u32(0))  # ready for the next launch
+        return acc
+
+    return give, publish, take
 
 
 def gatherer(tokens: int, split: int) -> Callable:
     """Device function: the blocks of a cluster, which split a tile's inputs, bring their sums together through each other's
-    shared memory. Outputs of warpgroup ``g`` are finished by block ``g``.
+    shared memory. Outputs of warpgroup ``g`` are finished by block ``g % split``.
 
     Returns (accumulators, whether they are complete). Every thread of the cluster has to meet the barrier inside.
     """
@@ -364,13 +367,14 @@ def gatherer(tokens: int, split: int) -> Callable:
 
     @device
     def gather(acc, received, rank, group, thread):
-        mine = received + thread * u32(16)
-        if rank != group:
-            slot = u32(u32(rank - group - u32(1)) & u32(split - 1))
-            send(acc, ptx.map_shared(mine + slot * u32(part_bytes), group))
+        owner = u32(group & u32(split - 1))
+        mine = received + u32(group // u32(split)) * u32((split - 1) * part_bytes) + thread * u32(16)
+        if rank != owner:
+            slot = u32(u32(rank - owner - u32(1)) & u32(split - 1))
+            send(acc, ptx.map_shared(mine + slot * u32(part_bytes), owner))
         ptx.cluster_arrive()
         ptx.cluster_wait()
-        complete = rank == group
+        complete = rank == owner
         if complete:
             for i in range(split - 1):
                 acc = receive(acc, mine + u32(i) * u32(part_bytes))
@@ -450,9 +454,8 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
     stage_bytes = unit_bytes + x_bytes
     constants_at = stages * stage_bytes
     out_at = constants_at + tokens * 8
-    flag_at = out_at + 2 * chunk * 128
     unpack, write = unpacker(form.groups, ptx.lds1, ptx.lds4), writer(tokens, form, store_sm80)
-    combine, zeros = combiner(tokens, 1), ptx.zeros(tokens // 2)
+    (give, publish, take), zeros = sharers(tokens, 1), ptx.zeros(tokens // 2)
     wait_stage, wait_all = ptx.copy_wait(stages - 2), ptx.copy_wait(0)
 
     @device
@@ -475,7 +478,7 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
             ptx.copy_async(to + i * u32(16), source + u64(i) * u64(16))
             i = u32(i + u32(128))
 
-    def kernel(units, x, constants, rows, bias, out, partials, counters, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
+    def kernel(units, x, constants, rows, bias, out, partials, flags, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
         thread, worker, workers = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x), u32(cuda.gridDim.x)
         base = u32((ptx.shared_base() + u32(127)) & u32(0xFFFFFF80))
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
@@ -483,9 +486,9 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
         quotient = ptx.quotient(total, workers)
         remainder = u32(total - quotient * workers)
         unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
-        side = u32(0)
+        given = u32(0)
         while unit < end:
-            tile, k, stop = segment(unit, end, k_blocks)
+            tile, k, stop = last_segment(unit, end, k_blocks)
             count = u32(stop - k)
             block, first = ptx.quotient(tile, token_tiles), u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
@@ -508,19 +511,22 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
                     acc = multiply_all(acc, unpack(here + u32(x_bytes), thread), here, u32(thread & u32(31)))
             wait_all()
             cuda.syncthreads()
-            complete = True
-            if count < k_blocks:
-                acc, complete = combine(
-                    acc, tile, side, u32(0), worker, quotient, remainder, k_blocks, partials, counters, thread, u32(1),
-                    base + u32(flag_at),
-                )  # fmt: skip
-            if complete:
+            if given == u32(1):  # a segment ago: it has arrived meanwhile
+                publish(worker, u32(0), flags, thread, u32(1))
+                given = u32(2)
+            if stop < k_blocks:
+                give(acc, worker, u32(0), partials, thread)
+                given = u32(1)
+            else:
+                if k > u32(0):
+                    acc = take(acc, tile, worker, u32(0), quotient, remainder, k_blocks, partials, flags, thread, u32(1))
                 write(acc, block, first, base + u32(constants_at), rows, bias, out, base + u32(out_at), thread, u32(1), m, n)
             cuda.syncthreads()
-            unit = u32(unit + count)
-            side = u32(1)
+            end = u32(end - count)
+        if given == u32(1):
+            publish(worker, u32(0), flags, thread, u32(1))
 
-    return Program(kernel, SIGNATURE, 128, flag_at + 16 + 128)
+    return Program(kernel, SIGNATURE, 128, out_at + 2 * chunk * 128 + 128)
 
 
 # -- v5: Hopper -----------------------------------------------------------------------------------------------------------
@@ -567,23 +573,30 @@ class Ring:
 
     @property
     def received(self) -> int:
-        """Offset of what the other blocks of a split tile send: 64 outputs x tokens from each."""
+        """Offset of what the other blocks of a split tile send: 64 outputs x tokens from each, for every warpgroup whose
+        outputs this block finishes."""
         return self.out + self.warpgroups * 2 * min(self.tokens, 32) * 128
 
     @property
     def barriers(self) -> int:
-        """Offset of the barriers, 16 bytes a stage: filled, emptied; then 16 bytes of flags for each warpgroup."""
-        return self.received + (self.split - 1) * 64 * self.tokens * 4
+        """Offset of the barriers, 16 bytes a stage: filled, emptied."""
+        finished = -(-self.warpgroups // self.split)
+        return self.received + finished * (self.split - 1) * 64 * self.tokens * 4
 
     @property
     def total(self) -> int:
         """Bytes to ask for; 1024 of them to align the rest."""
-        return self.barriers + 16 * (self.stages + self.warpgroups) + 1024
+        return self.barriers + 16 * self.stages + 1024
 
 
 def stages_that_fit(tokens: int, warpgroups: int, unit: int, limit: int = SHARED_LIMIT, split: int = 1) -> int:
     """The most stages of v5 that fit in ``limit`` bytes of shared memory."""
     return (limit - Ring(tokens, warpgroups, unit, 0, split).total) // (tokens * 136 + warpgroups * unit + 16)
+
+
+#: (tokens, warpgroups) of wide tiles -> registers of a producer's thread and of a consumer's: together no more than what
+#: all threads have at first, an equal share of 65536, rounded down to a multiple of 8.
+REGISTERS = {(128, 2): (56, 224), (256, 2): (40, 232), (128, 3): (56, 152), (128, 4): (32, 112)}
 
 
 def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, overlap: bool = True, split: int = 1) -> Program:
@@ -600,14 +613,15 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
     out_bytes, everybody = 2 * min(tokens, 32) * 128, (1 << cluster) - 1
     # With half of the shared memory two blocks share a multiprocessor: one computes while the other waits, finishes a tile,
     # or, as a block of the next kernel, already fetches. At 64 tokens half of the registers hold one unit at a time only.
-    residents = 2 if ring.total <= SHARED_HALF and tokens <= 64 else 1
-    deep = residents == 1 or tokens <= 32
+    residents = 2 if ring.total <= SHARED_HALF and tokens <= 64 and warpgroups <= 2 else 1
+    deep = (residents == 1 or tokens <= 32) and warpgroups < 4
     # wide tiles take nearly all registers for their accumulators: the producers give theirs away
     wide = tokens >= 128
-    few, many = (40, 232) if tokens == 256 else (56, 224)  # together what 384 threads have at 168 each
-    give, take = ptx.limit_registers(few), ptx.claim_registers(many)
+    few, many = REGISTERS.get((tokens, warpgroups), (0, 0))
+    shrink, grow = ptx.limit_registers(few), ptx.claim_registers(many)
     unpack, write = unpacker(form.groups, ptx.lds1, ptx.lds4), writer(tokens, form, store_sm90)
-    combine, zeros, start = combiner(tokens, cluster * warpgroups), ptx.zeros(tokens // 2), ptx.wgmma(tokens)
+    give, publish, take = sharers(tokens, cluster * warpgroups)
+    zeros, start = ptx.zeros(tokens // 2), ptx.wgmma(tokens)
     gather = gatherer(tokens, split)
     wait_previous, wait_all = ptx.wgmma_wait(tokens, 1), ptx.wgmma_wait(tokens, 0)
     wait_empty = ptx.barrier_wait_cluster if cluster > 1 else ptx.barrier_wait
@@ -621,6 +635,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
     @device
     def release(barriers, stage, lane):
         """This warp has read the stage; with clusters all blocks must have before any of them refills it."""
+        ptx.warp_barrier()  # lane 0 speaks for all
         if lane == u32(0):
             if cluster > 1:
                 for rank in range(cluster):
@@ -640,8 +655,8 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         """One thread. No kernel writes weights, so this one need not wait for anybody."""
         stage, phase = u32(0), u32(1)
         while unit < end:
-            tile, k, stop = segment(unit, end, k_blocks)
-            unit = u32(unit + (stop - k))
+            tile, k, stop = last_segment(unit, end, k_blocks)
+            end = u32(end - (stop - k))
             block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups))
             have = u32(0)
             if block < n_blocks:
@@ -666,8 +681,8 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         stage, phase = u32(0), u32(1)
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
         while unit < end:
-            tile, k, stop = segment(unit, end, k_blocks)
-            unit = u32(unit + (stop - k))
+            tile, k, stop = last_segment(unit, end, k_blocks)
+            end = u32(end - (stop - k))
             first = u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
             mine = min(u32(rank * u32(share_of_block)), have)  # this block fetches its share for the whole cluster
@@ -691,7 +706,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 source += u64(padded) * u64(128)
                 stage, phase = advance(stage, phase)
 
-    def kernel(units, x, constants, rows, bias, out, partials, counters, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
+    def kernel(units, x, constants, rows, bias, out, partials, flags, m, n, n_blocks, k_blocks, row_tiles, token_tiles):
         thread = u32(cuda.threadIdx.x)
         base = u32((ptx.shared_base() + u32(1023)) & u32(0xFFFFFC00))
         barriers = base + u32(barriers_at)
@@ -720,7 +735,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         group = u32(thread >> u32(7))
         if group == u32(warpgroups):
             if wide:
-                give()
+                shrink()
             if thread == u32(warpgroups * 128):
                 load_weights(units, base, unit, end, rank, n_blocks, k_blocks, token_tiles)
             elif thread == u32(warpgroups * 128 + 32):
@@ -729,17 +744,17 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 ptx.cluster_arrive()  # the barrier of `gather` counts every thread
         else:
             if wide:
-                take()
-            stage = phase = side = u32(0)
+                grow()
+            stage = phase = given = u32(0)
             t, lane = u32(thread & u32(127)), u32(thread & u32(31))
             part, number = u32(rank * u32(warpgroups) + group), u32(group + u32(1))
             weights = base + u32(weights_at) + group * u32(unit_bytes)
             while unit < end:
-                tile, k, stop = segment(unit, end, k_blocks)
-                count = u32(stop - k)
+                tile, k, stop = last_segment(unit, end, k_blocks)
+                end = u32(end - (stop - k))
                 block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups) + group)
                 acc = zeros()
-                rest = u32(count - u32(1))
+                rest = u32(stop - k - u32(1))
                 acc = queue(acc, base, weights, stage, phase, t)
                 if deep:
                     # While the tensor cores work on one unit the next is unpacked and queued. Its registers must not be
@@ -765,11 +780,15 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 if split > 1:
                     acc, owner = gather(acc, base + u32(received_at), section, group, t)
                     complete = complete and owner
-                elif complete and count < k_blocks:
-                    flag = barriers + u32(16 * stages) + group * u32(16)
-                    acc, complete = combine(
-                        acc, tile, side, part, worker, quotient, remainder, k_blocks, partials, counters, t, number, flag
-                    )  # fmt: skip
+                else:
+                    if given == u32(1):  # a segment ago: it has arrived meanwhile
+                        publish(worker, part, flags, t, number)
+                        given = u32(2)
+                    if stop < k_blocks:
+                        give(acc, worker, part, partials, t)
+                        given, complete = u32(1), False
+                    elif k > u32(0):
+                        acc = take(acc, tile, worker, part, quotient, remainder, k_blocks, partials, flags, t, number)
                 if complete:
                     first = u32(ptx.modulo(tile, token_tiles) * u32(tokens))
                     at = base + u32(constants_at) + stage * u32(tokens * 8)
@@ -777,8 +796,8 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                     write(acc, block, first, at, rows, bias, out, buffer, t, number, m, n)
                 release(barriers, stage, lane)  # the last stage also held the token constants
                 stage, phase = advance(stage, phase)
-                unit = u32(unit + count)
-                side = u32(1)
+            if given == u32(1):
+                publish(worker, part, flags, t, number)
         if cluster > 1:
             ptx.cluster_sync()  # nobody leaves while others may still write to its memory
 

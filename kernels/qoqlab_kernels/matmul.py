@@ -203,8 +203,8 @@ def run(
     units_n, units_k = packed.units.shape[:2]
     if plan.split > units_k:
         raise ValueError(f"plan: {plan.split} blocks cannot split {units_k} units of 128 inputs")
-    parts, counters = workspace(plan, row_tiles * token_tiles, x.device)
-    arguments = [packed.units, x.tiles, x.tokens, packed.rows, packed.rows if bias is None else bias, out, parts, counters]
+    parts, flags = workspace(plan, x.device)
+    arguments = [packed.units, x.tiles, x.tokens, packed.rows, packed.rows if bias is None else bias, out, parts, flags]
     sizes = [x.m, packed.n, units_n, units_k, row_tiles, token_tiles]
     if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
         dtypes = (
@@ -223,7 +223,7 @@ def run(
 
 @dataclass
 class Workspace:
-    """Room for the partial sums of shared tiles, and their counters, which every launch leaves at zero."""
+    """Room for partial results that blocks share, and flags or counters, which every launch leaves at zero."""
 
     capture: int
     parts: torch.Tensor
@@ -233,17 +233,17 @@ class Workspace:
 _workspaces: dict[tuple, Workspace] = {}
 
 
-def workspace(plan: Plan, tiles: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial sums and counters for a launch on the current stream.
+def workspace(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial sums and their flags for a launch on the current stream.
 
     Kernels of a stream follow each other and share theirs. A CUDA graph gets its own, because it may be replayed beside
-    other work of the stream on which it was captured; its replay zeroes the counters once.
+    other work of the stream on which it was captured; its replay zeroes the flags once.
     """
-    if plan.version not in ("v4", "v5"):
+    if plan.version not in ("v4", "v5") or plan.split > 1:
         nothing = torch.empty(1, dtype=torch.int32, device=device)
         return nothing.view(torch.uint8), nothing
-    groups = plan.cluster * plan.warpgroups
-    return room(plan.workers * 2 * groups * 64 * plan.tokens * 4, tiles * groups, device)
+    groups = plan.workers * plan.cluster * plan.warpgroups
+    return room(groups * 64 * plan.tokens * 4, groups, device)
 
 
 def room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,12 +41,11 @@ class Plan:
             raise ValueError(f"tokens: {self.tokens} is not one of {TOKENS[self.version]} ({self.version})")
         if self.version in TOKENS and self.stages < 2:
             raise ValueError(f"stages: {self.stages}; a ring has at least 2 ({self.version})")
-        if self.version == "v5" and self.tokens >= 128 and self.warpgroups != 2:
-            raise ValueError(f"warpgroups: {self.warpgroups}; tiles of {self.tokens} tokens share the registers between 2")
+        if self.version == "v5" and self.tokens >= 128 and (self.tokens, self.warpgroups) not in gemm.REGISTERS:
+            known = tuple(count for tokens, count in gemm.REGISTERS if tokens == self.tokens)
+            raise ValueError(f"warpgroups: {self.warpgroups}; tiles of {self.tokens} tokens have registers for {known}")
         if self.split not in (1, 2, 4, 8) or (self.split > 1 and (self.version != "v5" or self.cluster > 1)):
             raise ValueError(f"split: {self.split}; 1, 2, 4 or 8 blocks, only in v5 and without a cluster of another kind")
-        if self.split > 1 and self.warpgroups > self.split:
-            raise ValueError(f"split: {self.split} blocks cannot finish the outputs of {self.warpgroups} warpgroups")
         if self.workers < 1 or self.cluster < 1 or self.warpgroups < 1:
             raise ValueError(f"plan: workers, cluster and warpgroups are at least 1, got {self}")
 

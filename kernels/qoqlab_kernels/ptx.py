@@ -121,6 +121,15 @@ st_byte = instruction("st_byte", "st.global.u8 [$0], $1;", (), (u64, u32))
 prefetch = instruction("prefetch", "prefetch.global.L2 [$0];", (), (u64,))
 stg2 = instruction("stg2", "st.global.v2.u32 [$0], {$1, $2};", (), (u64, u32, u32))
 stg4 = instruction("stg4", "st.global.v4.u32 [$0], {$1, $2, $3, $4};", (), (u64, u32, u32, u32, u32))
+#: a flag: set after everything that its thread did or saw before; wait until it is not 0, and see what was before it
+store_release = instruction("store_release", "st.release.gpu.global.u32 [$0], $1;", (), (u64, u32))
+wait_until_set = instruction(
+    "wait_until_set",
+    "{ .reg .pred set; .reg .u32 flag;\nAGAIN_${:uid}:\nld.acquire.gpu.global.u32 flag, [$0];\n"
+    "setp.ne.u32 set, flag, 0;\n@!set bra AGAIN_${:uid}; }",
+    (),
+    (u64,),
+)
 atomic_inc = instruction("atomic_inc", "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", (u32,), (u64,))
 stg1 = instruction("stg1", "st.global.u32 [$0], $1;", (), (u64, u32))
 

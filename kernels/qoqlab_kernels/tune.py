@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import secrets
 import sys
@@ -70,29 +71,34 @@ def candidates(version: str, m: int, n: int, k: int, form: gemm.Form, processors
 
 
 def _of_v5(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int, tokens: int) -> list[Plan]:
-    # stages -> blocks of a multiprocessor. Two blocks share one where half of the registers suffice: up to 64 tokens.
-    depths = {gemm.stages_that_fit(tokens, 2, form.unit, gemm.SHARED_LIMIT): 1}
-    if tokens <= 64:
-        depths[gemm.stages_that_fit(tokens, 2, form.unit, gemm.SHARED_HALF)] = 2
     found = _split(m, n, k_blocks, form, processors, tokens)
-    for cluster in CLUSTERS:
-        if blocks(n, UNIT_N) <= 2 * (cluster - 1):
+    # Two blocks share a multiprocessor where half of the registers suffice: up to 64 tokens.
+    rooms = [(height, gemm.SHARED_LIMIT, 1) for height in heights(tokens)]
+    if tokens <= 64:
+        rooms.append((2, gemm.SHARED_HALF, 2))
+    for (warpgroups, limit, residents), cluster in itertools.product(rooms, CLUSTERS):
+        if blocks(n, UNIT_N) <= warpgroups * (cluster - 1):
             continue  # a block of the cluster would have no outputs
-        tiles = blocks(blocks(n, UNIT_N), 2 * cluster) * blocks(m, tokens)
-        for stages, residents in depths.items():
-            for share in range(1, residents + 1):
-                counts = worker_counts(tiles * k_blocks, tiles, max(1, share * processors // cluster))
-                if share == 2 and tiles <= 4 * share * processors:
-                    counts += (tiles,)  # a block a tile, more than fit at once: the hardware hands them out
-                found += [Plan("v5", tokens, 2, stages, cluster, count) for count in counts]
+        stages = gemm.stages_that_fit(tokens, warpgroups, form.unit, limit)
+        tiles = blocks(blocks(n, UNIT_N), warpgroups * cluster) * blocks(m, tokens)
+        for share in range(1, residents + 1):
+            counts = worker_counts(tiles * k_blocks, tiles, max(1, share * processors // cluster))
+            if share == 2 and tiles <= 4 * share * processors:
+                counts += (tiles,)  # a block a tile, more than fit at once: the hardware hands them out
+            found += [Plan("v5", tokens, warpgroups, stages, cluster, count) for count in counts]
     return found
+
+
+def heights(tokens: int) -> tuple[int, ...]:
+    """Warpgroups worth trying. Tall tiles read fewer activations from L2, which limits from 64 tokens on."""
+    return tuple(w for w in (2, 3, 4) if w == 2 or tokens == 64 or (tokens, w) in gemm.REGISTERS)
 
 
 def _split(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int, tokens: int) -> list[Plan]:
     """Tiles whose inputs are split, as far as that fills the GPU: one block on a multiprocessor, or two (and two of the next
     kernel) where they fit."""
     found = []
-    rooms = [(2, gemm.SHARED_LIMIT, processors)]
+    rooms = [(height, gemm.SHARED_LIMIT, processors) for height in heights(tokens)]
     if tokens <= 64:
         rooms += [(2, gemm.SHARED_HALF, 2 * processors), (1, gemm.SHARED_HALF // 2, 2 * processors)]
     for warpgroups, limit, places in rooms:

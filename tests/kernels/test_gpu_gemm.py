@@ -70,7 +70,7 @@ def check(
     if plan is None:
         assert qk.w4a8_gemm(x, None, packed, b, out, dtype) is out
     else:
-        parts, _ = matmul.workspace(plan, plan.tiles(c.m, c.n)[0] * plan.tiles(c.m, c.n)[1], x.device)
+        parts, _ = matmul.workspace(plan, x.device)
         parts.fill_(0xA5)
         matmul.run(
             plan, gemm.Form(packed.groups, c.format == "channel-scaled", dtype == torch.bfloat16, bias), x, packed, b, out
