@@ -18,10 +18,11 @@ epilogue:
     y = (acc - zero * sum_x) * (x_scale * scale)        zero: 128 for progressive weights, the output's own per channel
     y = acc * (x_scale * scale) - sum_x * x_scale * zero     per channel with a scaled (fp16) zero
 
-Stream-K. The work is ``row tiles x token tiles x units of 128 inputs``, in that order; every worker takes an equal run of
-it, last tile first. So what lies in a tile that the next worker ends is computed and handed over at once, and what the
-worker before has handed over is needed last: hardly anybody waits. Integers make the order of summation irrelevant: results
-repeat bit for bit.
+Stream-K. The work is ``row tiles x token tiles``, each of units of 128 inputs. Every worker takes the same number of whole
+tiles; those left over are cut into equal runs of units. A worker computes first what lies in a tile that the next worker
+ends, and hands it over; then its whole tiles, at the same inputs as everybody else, so that L2 is asked for them once; then
+what is left, to which it adds what the workers before have handed over long ago. Integers make the order of summation
+irrelevant: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -289,11 +290,27 @@ def worker_of(unit, quotient, remainder):
 
 
 @device
-def last_segment(unit, end, k_blocks):
-    """The part of a run ``unit .. end`` that lies in its last tile: (tile, first unit in it, one past the last)."""
-    tile = ptx.quotient(u32(end - u32(1)), k_blocks)
-    start = u32(tile * k_blocks)
-    return tile, u32(max(unit, start) - start), u32(end - start)
+def share_of(worker, workers, tiles, k_blocks):
+    """A worker's part: (whole tiles, tiles that are cut, its run of their units: from, to, quotient, remainder of runs)."""
+    whole = ptx.quotient(tiles, workers)
+    cut = u32(tiles - whole * workers)
+    quotient = ptx.quotient(u32(cut * k_blocks), workers)
+    remainder = u32(cut * k_blocks - quotient * workers)
+    unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
+    return whole, cut, unit, end, quotient, remainder
+
+
+@device
+def next_segment(unit, end, whole, cut, worker, workers, k_blocks):
+    """What a worker computes next: (tile, first unit in it, one past the last, end of the run left, whole tiles left)."""
+    if unit < end:
+        tile = ptx.quotient(u32(end - u32(1)), k_blocks)
+        start = u32(tile * k_blocks)
+        stop, begin = u32(end - start), u32(max(unit, start))
+        if stop < k_blocks or whole == u32(0):
+            return tile, u32(begin - start), stop, begin, whole
+    whole = u32(whole - u32(1))
+    return u32(cut + whole * workers + worker), u32(0), k_blocks, end, whole
 
 
 def part_movers(store: Callable, load: Callable, number: Callable, quads: int) -> tuple[Callable, Callable]:
@@ -482,13 +499,10 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
         thread, worker, workers = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x), u32(cuda.gridDim.x)
         base = u32((ptx.shared_base() + u32(127)) & u32(0xFFFFFF80))
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
-        total = u32(row_tiles * token_tiles * k_blocks)
-        quotient = ptx.quotient(total, workers)
-        remainder = u32(total - quotient * workers)
-        unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
+        whole, cut, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
         given = u32(0)
-        while unit < end:
-            tile, k, stop = last_segment(unit, end, k_blocks)
+        while unit < end or whole > u32(0):
+            tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
             count = u32(stop - k)
             block, first = ptx.quotient(tile, token_tiles), u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
@@ -522,7 +536,6 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
                     acc = take(acc, tile, worker, u32(0), quotient, remainder, k_blocks, partials, flags, thread, u32(1))
                 write(acc, block, first, base + u32(constants_at), rows, bias, out, base + u32(out_at), thread, u32(1), m, n)
             cuda.syncthreads()
-            end = u32(end - count)
         if given == u32(1):
             publish(worker, u32(0), flags, thread, u32(1))
 
@@ -651,12 +664,11 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         return start(acc, a, descriptor(base + stage * u32(x_bytes)))
 
     @device
-    def load_weights(units, base, unit, end, rank, n_blocks, k_blocks, token_tiles):
+    def load_weights(units, base, unit, end, whole, cut, worker, workers, rank, n_blocks, k_blocks, token_tiles):
         """One thread. No kernel writes weights, so this one need not wait for anybody."""
         stage, phase = u32(0), u32(1)
-        while unit < end:
-            tile, k, stop = last_segment(unit, end, k_blocks)
-            end = u32(end - (stop - k))
+        while unit < end or whole > u32(0):
+            tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
             block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups))
             have = u32(0)
             if block < n_blocks:
@@ -674,15 +686,14 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 stage, phase = advance(stage, phase)
 
     @device
-    def load_activations(x, constants, base, unit, end, rank, m, k_blocks, token_tiles):
+    def load_activations(x, constants, base, unit, end, whole, cut, worker, workers, rank, m, k_blocks, token_tiles):
         """One thread; the previous kernel may be the one that quantised them."""
         ptx.wait_for_previous_kernel()
         ptx.allow_next_kernel()
         stage, phase = u32(0), u32(1)
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
-        while unit < end:
-            tile, k, stop = last_segment(unit, end, k_blocks)
-            end = u32(end - (stop - k))
+        while unit < end or whole > u32(0):
+            tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
             first = u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
             mine = min(u32(rank * u32(share_of_block)), have)  # this block fetches its share for the whole cluster
@@ -723,12 +734,10 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             ptx.cluster_sync()
         else:
             cuda.syncthreads()
-        total = u32(row_tiles * token_tiles * k_blocks)
-        quotient = ptx.quotient(total, workers)
-        remainder = u32(total - quotient * workers)
-        unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
+        whole, cut, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
         section = rank
         if split > 1:  # a cluster has one tile, its blocks take a section of the inputs each
+            whole = u32(0)
             unit = u32(worker * k_blocks + ptx.quotient(u32(rank * k_blocks), u32(split)))
             end = u32(worker * k_blocks + ptx.quotient(u32(u32(rank + u32(1)) * k_blocks), u32(split)))
             rank = u32(0)
@@ -737,9 +746,13 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             if wide:
                 shrink()
             if thread == u32(warpgroups * 128):
-                load_weights(units, base, unit, end, rank, n_blocks, k_blocks, token_tiles)
+                load_weights(
+                    units, base, unit, end, whole, cut, worker, workers, rank, n_blocks, k_blocks, token_tiles
+                )  # fmt: skip
             elif thread == u32(warpgroups * 128 + 32):
-                load_activations(x, constants, base, unit, end, rank, m, k_blocks, token_tiles)
+                load_activations(
+                    x, constants, base, unit, end, whole, cut, worker, workers, rank, m, k_blocks, token_tiles
+                )  # fmt: skip
             if split > 1:
                 ptx.cluster_arrive()  # the barrier of `gather` counts every thread
         else:
@@ -749,9 +762,8 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             t, lane = u32(thread & u32(127)), u32(thread & u32(31))
             part, number = u32(rank * u32(warpgroups) + group), u32(group + u32(1))
             weights = base + u32(weights_at) + group * u32(unit_bytes)
-            while unit < end:
-                tile, k, stop = last_segment(unit, end, k_blocks)
-                end = u32(end - (stop - k))
+            while unit < end or whole > u32(0):
+                tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
                 block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups) + group)
                 acc = zeros()
                 rest = u32(stop - k - u32(1))
