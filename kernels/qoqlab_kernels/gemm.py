@@ -291,26 +291,27 @@ def worker_of(unit, quotient, remainder):
 
 @device
 def share_of(worker, workers, tiles, k_blocks):
-    """A worker's part: (whole tiles, tiles that are cut, its run of their units: from, to, quotient, remainder of runs)."""
+    """A worker's part: (its first whole tile, how many, its run of the units that are left: from, to, quotient and
+    remainder of all runs)."""
     whole = ptx.quotient(tiles, workers)
     cut = u32(tiles - whole * workers)
     quotient = ptx.quotient(u32(cut * k_blocks), workers)
     remainder = u32(cut * k_blocks - quotient * workers)
     unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
-    return whole, cut, unit, end, quotient, remainder
+    return u32(cut + worker * whole), whole, unit, end, quotient, remainder
 
 
 @device
-def next_segment(unit, end, whole, cut, worker, workers, k_blocks):
-    """What a worker computes next: (tile, first unit in it, one past the last, end of the run left, whole tiles left)."""
+def next_segment(first, whole, unit, end, k_blocks):
+    """What a worker computes next: (tile, first unit in it, one past the last, whole tiles left, end of the run left)."""
     if unit < end:
         tile = ptx.quotient(u32(end - u32(1)), k_blocks)
         start = u32(tile * k_blocks)
         stop, begin = u32(end - start), u32(max(unit, start))
         if stop < k_blocks or whole == u32(0):
-            return tile, u32(begin - start), stop, begin, whole
+            return tile, u32(begin - start), stop, whole, begin
     whole = u32(whole - u32(1))
-    return u32(cut + whole * workers + worker), u32(0), k_blocks, end, whole
+    return u32(first + whole), u32(0), k_blocks, whole, end
 
 
 def part_movers(store: Callable, load: Callable, number: Callable, quads: int) -> tuple[Callable, Callable]:
@@ -499,10 +500,10 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
         thread, worker, workers = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x), u32(cuda.gridDim.x)
         base = u32((ptx.shared_base() + u32(127)) & u32(0xFFFFFF80))
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
-        whole, cut, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
+        own, whole, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
         given = u32(0)
         while unit < end or whole > u32(0):
-            tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
+            tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
             count = u32(stop - k)
             block, first = ptx.quotient(tile, token_tiles), u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
@@ -664,11 +665,11 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         return start(acc, a, descriptor(base + stage * u32(x_bytes)))
 
     @device
-    def load_weights(units, base, unit, end, whole, cut, worker, workers, rank, n_blocks, k_blocks, token_tiles):
+    def load_weights(units, base, own, whole, unit, end, rank, n_blocks, k_blocks, token_tiles):
         """One thread. No kernel writes weights, so this one need not wait for anybody."""
         stage, phase = u32(0), u32(1)
         while unit < end or whole > u32(0):
-            tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
+            tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
             block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups))
             have = u32(0)
             if block < n_blocks:
@@ -686,14 +687,14 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 stage, phase = advance(stage, phase)
 
     @device
-    def load_activations(x, constants, base, unit, end, whole, cut, worker, workers, rank, m, k_blocks, token_tiles):
+    def load_activations(x, constants, base, own, whole, unit, end, rank, m, k_blocks, token_tiles):
         """One thread; the previous kernel may be the one that quantised them."""
         ptx.wait_for_previous_kernel()
         ptx.allow_next_kernel()
         stage, phase = u32(0), u32(1)
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
         while unit < end or whole > u32(0):
-            tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
+            tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
             first = u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
             mine = min(u32(rank * u32(share_of_block)), have)  # this block fetches its share for the whole cluster
@@ -734,7 +735,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             ptx.cluster_sync()
         else:
             cuda.syncthreads()
-        whole, cut, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
+        own, whole, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
         section = rank
         if split > 1:  # a cluster has one tile, its blocks take a section of the inputs each
             whole = u32(0)
@@ -746,13 +747,9 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             if wide:
                 shrink()
             if thread == u32(warpgroups * 128):
-                load_weights(
-                    units, base, unit, end, whole, cut, worker, workers, rank, n_blocks, k_blocks, token_tiles
-                )  # fmt: skip
+                load_weights(units, base, own, whole, unit, end, rank, n_blocks, k_blocks, token_tiles)
             elif thread == u32(warpgroups * 128 + 32):
-                load_activations(
-                    x, constants, base, unit, end, whole, cut, worker, workers, rank, m, k_blocks, token_tiles
-                )  # fmt: skip
+                load_activations(x, constants, base, own, whole, unit, end, rank, m, k_blocks, token_tiles)
             if split > 1:
                 ptx.cluster_arrive()  # the barrier of `gather` counts every thread
         else:
@@ -763,7 +760,7 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             part, number = u32(rank * u32(warpgroups) + group), u32(group + u32(1))
             weights = base + u32(weights_at) + group * u32(unit_bytes)
             while unit < end or whole > u32(0):
-                tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers, k_blocks)
+                tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
                 block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups) + group)
                 acc = zeros()
                 rest = u32(stop - k - u32(1))

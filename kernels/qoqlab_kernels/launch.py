@@ -109,11 +109,15 @@ def _installed(name: str) -> bool:
     return True
 
 
+def binary_path(build: Callable[..., Program], constants: tuple, capability: tuple[int, int]) -> Path:
+    """Where the machine code of ``build(*constants)`` is kept."""
+    name = hashlib.sha256(_sources() + repr((build.__name__, constants, capability)).encode()).hexdigest()[:32]
+    return cache_folder() / f"{build.__name__}-{name}.cubin"
+
+
 def binary(build: Callable[..., Program], constants: tuple, capability: tuple[int, int]) -> tuple[Program, bytes]:
     """The program ``build(*constants)`` and its machine code, from disk if it was compiled before."""
-    program = build(*constants)
-    name = hashlib.sha256(_sources() + repr((build.__name__, constants, capability)).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{build.__name__}-{name}.cubin"
+    program, path = build(*constants), binary_path(build, constants, capability)
     if path.is_file():
         return program, path.read_bytes()
     code, report = to_binary(to_ltoir(program, capability), capability)

@@ -196,14 +196,20 @@ def simulated_plan(m: int, packed: PackedWeight, form: gemm.Form) -> Plan:
 
 
 def run(
-    plan: Plan, form: gemm.Form, x: Activations, packed: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor
+    plan: Plan,
+    form: gemm.Form,
+    x: Activations,
+    packed: PackedWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    keep: bool = True,
 ) -> None:
-    """Launch the kernel of a plan; operands are checked already."""
+    """Launch the kernel of a plan; operands are checked already. ``keep``: the workspace is kept for the next launch."""
     row_tiles, token_tiles = plan.tiles(x.m, packed.n)
     units_n, units_k = packed.units.shape[:2]
     if plan.split > units_k:
         raise ValueError(f"plan: {plan.split} blocks cannot split {units_k} units of 128 inputs")
-    parts, flags = workspace(plan, x.device)
+    parts, flags = workspace(plan, x.device, keep)
     arguments = [packed.units, x.tiles, x.tokens, packed.rows, packed.rows if bias is None else bias, out, parts, flags]
     sizes = [x.m, packed.n, units_n, units_k, row_tiles, token_tiles]
     if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
@@ -233,7 +239,7 @@ class Workspace:
 _workspaces: dict[tuple, Workspace] = {}
 
 
-def workspace(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def workspace(plan: Plan, device: torch.device, keep: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial sums and their flags for a launch on the current stream.
 
     Kernels of a stream follow each other and share theirs. A CUDA graph gets its own, because it may be replayed beside
@@ -243,7 +249,8 @@ def workspace(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Ten
         nothing = torch.empty(1, dtype=torch.int32, device=device)
         return nothing.view(torch.uint8), nothing
     groups = plan.workers * plan.cluster * plan.warpgroups
-    return room(groups * 64 * plan.tokens * 4, groups, device)
+    size = groups * 64 * plan.tokens * 4
+    return room(size, groups, device) if keep else _new_room(size, groups, device)
 
 
 def room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,10 +263,13 @@ def room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor, tor
             place = (device, torch.cuda.current_stream().cuda_stream, capture > 0)
     found = _workspaces.get(place)
     if found is None or found.capture != capture or found.parts.numel() < size or found.counters.numel() < count:
-        parts = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
-        counters = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        found = _workspaces[place] = Workspace(capture, parts, counters)
+        found = _workspaces[place] = Workspace(capture, *_new_room(size, max(count, 4096), device))
     return found.parts, found.counters
+
+
+def _new_room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+    return parts, torch.zeros(count, dtype=torch.int32, device=device)
 
 
 @torch.library.custom_op("qoqlab::quantize_activations", mutates_args=())
@@ -289,7 +299,11 @@ def _operator(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     packed = PackedWeight(units, rows, n, k, group_size, Zero.SCALED if scaled else Zero.INTEGER)
-    return w4a8_gemm(Activations(tiles, tokens, m, k), None, packed, bias, dtype=dtype)
+    out = torch.empty(m, n, dtype=dtype, device=tiles.device)
+    form = _form(packed, dtype, bias)
+    # torch.compile's own graphs allow no memory that outlives a call
+    run(plan(m, packed, form), form, Activations(tiles, tokens, m, k), packed, bias, out, keep=False)
+    return out
 
 
 @_operator.register_fake

@@ -131,10 +131,10 @@ def test_workers_divide_the_work(tiles: int, k_blocks: int, data: st.DataObject)
     with mock.patch.dict(share_of.__globals__, first_unit=plain(gemm.first_unit)):
         for w in range(workers):
             worker = np.uint32(w)
-            whole, cut, unit, end, quotient, remainder = share_of(worker, workers_, tiles_, k_)
+            own, whole, unit, end, quotient, remainder = share_of(worker, workers_, tiles_, k_)
             parts = []
             while unit < end or whole:
-                tile, k, stop, end, whole = next_segment(unit, end, whole, cut, worker, workers_, k_)
+                tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_)
                 assert 0 <= k < stop <= k_blocks
                 seen[tile, k:stop] += 1
                 parts.append((int(k), int(stop)))
