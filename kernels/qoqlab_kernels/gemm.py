@@ -18,11 +18,10 @@ epilogue:
     y = (acc - zero * sum_x) * (x_scale * scale)        zero: 128 for progressive weights, the output's own per channel
     y = acc * (x_scale * scale) - sum_x * x_scale * zero     per channel with a scaled (fp16) zero
 
-Stream-K. The work is ``row tiles x token tiles``, each of units of 128 inputs. Every worker takes the same number of whole
-tiles; those left over are cut into equal runs of units. A worker computes first what lies in a tile that the next worker
-ends, and hands it over; then its whole tiles, at the same inputs as everybody else, so that L2 is asked for them once; then
-what is left, to which it adds what the workers before have handed over long ago. Integers make the order of summation
-irrelevant: results repeat bit for bit.
+Stream-K. The work is ``row tiles x token tiles x units of 128 inputs``, in that order; every worker takes an equal run of
+it, last tile first. So what lies in a tile that the next worker ends is computed and handed over at once, and what the
+worker before has handed over is needed last: hardly anybody waits. Integers make the order of summation irrelevant: results
+repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -290,28 +289,11 @@ def worker_of(unit, quotient, remainder):
 
 
 @device
-def share_of(worker, workers, tiles, k_blocks):
-    """A worker's part: (its first whole tile, how many, its run of the units that are left: from, to, quotient and
-    remainder of all runs)."""
-    whole = ptx.quotient(tiles, workers)
-    cut = u32(tiles - whole * workers)
-    quotient = ptx.quotient(u32(cut * k_blocks), workers)
-    remainder = u32(cut * k_blocks - quotient * workers)
-    unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
-    return u32(cut + worker * whole), whole, unit, end, quotient, remainder
-
-
-@device
-def next_segment(first, whole, unit, end, k_blocks):
-    """What a worker computes next: (tile, first unit in it, one past the last, whole tiles left, end of the run left)."""
-    if unit < end:
-        tile = ptx.quotient(u32(end - u32(1)), k_blocks)
-        start = u32(tile * k_blocks)
-        stop, begin = u32(end - start), u32(max(unit, start))
-        if stop < k_blocks or whole == u32(0):
-            return tile, u32(begin - start), stop, whole, begin
-    whole = u32(whole - u32(1))
-    return u32(first + whole), u32(0), k_blocks, whole, end
+def last_segment(unit, end, k_blocks):
+    """The part of a run ``unit .. end`` that lies in its last tile: (tile, first unit in it, one past the last)."""
+    tile = ptx.quotient(u32(end - u32(1)), k_blocks)
+    start = u32(tile * k_blocks)
+    return tile, u32(max(unit, start) - start), u32(end - start)
 
 
 def part_movers(store: Callable, load: Callable, number: Callable, quads: int) -> tuple[Callable, Callable]:
@@ -500,10 +482,13 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
         thread, worker, workers = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x), u32(cuda.gridDim.x)
         base = u32((ptx.shared_base() + u32(127)) & u32(0xFFFFFF80))
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
-        own, whole, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
+        total = u32(row_tiles * token_tiles * k_blocks)
+        quotient = ptx.quotient(total, workers)
+        remainder = u32(total - quotient * workers)
+        unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
         given = u32(0)
-        while unit < end or whole > u32(0):
-            tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
+        while unit < end:
+            tile, k, stop = last_segment(unit, end, k_blocks)
             count = u32(stop - k)
             block, first = ptx.quotient(tile, token_tiles), u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
@@ -537,6 +522,7 @@ def v4(form: Form, tokens: int, stages: int) -> Program:
                     acc = take(acc, tile, worker, u32(0), quotient, remainder, k_blocks, partials, flags, thread, u32(1))
                 write(acc, block, first, base + u32(constants_at), rows, bias, out, base + u32(out_at), thread, u32(1), m, n)
             cuda.syncthreads()
+            end = u32(end - count)
         if given == u32(1):
             publish(worker, u32(0), flags, thread, u32(1))
 
@@ -610,7 +596,7 @@ def stages_that_fit(tokens: int, warpgroups: int, unit: int, limit: int = SHARED
 
 #: (tokens, warpgroups) of wide tiles -> registers of a producer's thread and of a consumer's: together no more than what
 #: all threads have at first, an equal share of 65536, rounded down to a multiple of 8.
-REGISTERS = {(128, 2): (56, 224), (256, 2): (40, 232), (128, 3): (56, 152), (128, 4): (32, 112)}
+REGISTERS = {(128, 2): (56, 224), (256, 2): (40, 232), (128, 3): (48, 152)}
 
 
 def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, overlap: bool = True, split: int = 1) -> Program:
@@ -665,11 +651,12 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
         return start(acc, a, descriptor(base + stage * u32(x_bytes)))
 
     @device
-    def load_weights(units, base, own, whole, unit, end, rank, n_blocks, k_blocks, token_tiles):
+    def load_weights(units, base, unit, end, rank, n_blocks, k_blocks, token_tiles):
         """One thread. No kernel writes weights, so this one need not wait for anybody."""
         stage, phase = u32(0), u32(1)
-        while unit < end or whole > u32(0):
-            tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
+        while unit < end:
+            tile, k, stop = last_segment(unit, end, k_blocks)
+            end = u32(end - (stop - k))
             block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups))
             have = u32(0)
             if block < n_blocks:
@@ -687,14 +674,15 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
                 stage, phase = advance(stage, phase)
 
     @device
-    def load_activations(x, constants, base, own, whole, unit, end, rank, m, k_blocks, token_tiles):
+    def load_activations(x, constants, base, unit, end, rank, m, k_blocks, token_tiles):
         """One thread; the previous kernel may be the one that quantised them."""
         ptx.wait_for_previous_kernel()
         ptx.allow_next_kernel()
         stage, phase = u32(0), u32(1)
         padded = u32(((m + u32(7)) >> u32(3)) << u32(3))
-        while unit < end or whole > u32(0):
-            tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
+        while unit < end:
+            tile, k, stop = last_segment(unit, end, k_blocks)
+            end = u32(end - (stop - k))
             first = u32(ptx.modulo(tile, token_tiles) * u32(tokens))
             have = min(u32(tokens), u32(padded - first))
             mine = min(u32(rank * u32(share_of_block)), have)  # this block fetches its share for the whole cluster
@@ -735,10 +723,12 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             ptx.cluster_sync()
         else:
             cuda.syncthreads()
-        own, whole, unit, end, quotient, remainder = share_of(worker, workers, u32(row_tiles * token_tiles), k_blocks)
+        total = u32(row_tiles * token_tiles * k_blocks)
+        quotient = ptx.quotient(total, workers)
+        remainder = u32(total - quotient * workers)
+        unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
         section = rank
         if split > 1:  # a cluster has one tile, its blocks take a section of the inputs each
-            whole = u32(0)
             unit = u32(worker * k_blocks + ptx.quotient(u32(rank * k_blocks), u32(split)))
             end = u32(worker * k_blocks + ptx.quotient(u32(u32(rank + u32(1)) * k_blocks), u32(split)))
             rank = u32(0)
@@ -747,9 +737,9 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             if wide:
                 shrink()
             if thread == u32(warpgroups * 128):
-                load_weights(units, base, own, whole, unit, end, rank, n_blocks, k_blocks, token_tiles)
+                load_weights(units, base, unit, end, rank, n_blocks, k_blocks, token_tiles)
             elif thread == u32(warpgroups * 128 + 32):
-                load_activations(x, constants, base, own, whole, unit, end, rank, m, k_blocks, token_tiles)
+                load_activations(x, constants, base, unit, end, rank, m, k_blocks, token_tiles)
             if split > 1:
                 ptx.cluster_arrive()  # the barrier of `gather` counts every thread
         else:
@@ -759,8 +749,9 @@ def v5(form: Form, tokens: int, warpgroups: int, stages: int, cluster: int, over
             t, lane = u32(thread & u32(127)), u32(thread & u32(31))
             part, number = u32(rank * u32(warpgroups) + group), u32(group + u32(1))
             weights = base + u32(weights_at) + group * u32(unit_bytes)
-            while unit < end or whole > u32(0):
-                tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_blocks)
+            while unit < end:
+                tile, k, stop = last_segment(unit, end, k_blocks)
+                end = u32(end - (stop - k)) if split == 1 else unit  # a split tile is all there is
                 block = u32(u32(ptx.quotient(tile, token_tiles) * u32(cluster) + rank) * u32(warpgroups) + group)
                 acc = zeros()
                 rest = u32(stop - k - u32(1))

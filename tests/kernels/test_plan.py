@@ -122,30 +122,29 @@ def test_the_older_versions_launch_what_covers_the_problem() -> None:
 @settings(deadline=None, max_examples=100)
 @given(tiles=st.integers(1, 40), k_blocks=st.integers(1, 30), data=st.data())
 def test_workers_divide_the_work(tiles: int, k_blocks: int, data: st.DataObject) -> None:
-    """Every unit of every tile is computed once, by workers whose work differs by one unit at most; what a worker gives
-    away comes first, and what it completes with others' shares last."""
-    workers = data.draw(st.integers(1, tiles * k_blocks))
-    share_of, owner, next_segment = plain(gemm.share_of), plain(gemm.worker_of), plain(gemm.next_segment)
-    workers_, tiles_, k_ = map(np.uint32, (workers, tiles, k_blocks))
-    seen, lengths = np.zeros((tiles, k_blocks), int), []
-    with mock.patch.dict(share_of.__globals__, first_unit=plain(gemm.first_unit)):
-        for w in range(workers):
-            worker = np.uint32(w)
-            own, whole, unit, end, quotient, remainder = share_of(worker, workers_, tiles_, k_)
-            parts = []
-            while unit < end or whole:
-                tile, k, stop, whole, end = next_segment(own, whole, unit, end, k_)
-                assert 0 <= k < stop <= k_blocks
-                seen[tile, k:stop] += 1
-                parts.append((int(k), int(stop)))
-                if stop - k < k_blocks:
-                    assert w == owner(np.uint32(tile * k_ + k), quotient, remainder)
-                    assert w == owner(np.uint32(tile * k_ + stop - 1), quotient, remainder)
-            assert all(stop == k_blocks for _, stop in parts[1:]) and all(
-                k == 0 or stop < k_blocks for k, stop in parts[:-1]
-            )
-            lengths.append(sum(stop - k for k, stop in parts))
-    assert (seen == 1).all() and max(lengths) - min(lengths) <= 1 and min(lengths) >= 1
+    """Runs follow each other without gap, differ by one unit at most, and meet other workers only in their last tile, which
+    they begin with, and their first."""
+    total = tiles * k_blocks
+    workers = data.draw(st.integers(1, total))
+    first, owner, last_segment = plain(gemm.first_unit), plain(gemm.worker_of), plain(gemm.last_segment)
+    quotient, remainder = map(np.uint32, divmod(total, workers))
+    starts = [int(first(np.uint32(w), quotient, remainder)) for w in range(workers + 1)]
+    assert starts[0] == 0 and starts[-1] == total
+    lengths = np.diff(starts)
+    assert lengths.min() >= 1 and lengths.max() - lengths.min() <= 1
+    for w in range(workers):
+        parts, unit, end = [], starts[w], starts[w + 1]
+        while unit < end:
+            tile, k, stop = (int(v) for v in last_segment(np.uint32(unit), np.uint32(end), np.uint32(k_blocks)))
+            assert 0 <= k < stop <= k_blocks and tile * k_blocks + stop == end
+            parts.append((k, stop))
+            end -= stop - k
+        assert unit == end
+        # given away: at most the first to be computed; completed with what others gave: at most the last
+        assert all(stop == k_blocks for _, stop in parts[1:]) and all(k == 0 for k, _ in parts[:-1])
+    for unit in {0, total - 1, *starts[1:-1], *(s - 1 for s in starts[1:-1])}:
+        w = int(owner(np.uint32(unit), quotient, remainder))
+        assert starts[w] <= unit < starts[w + 1]
 
 
 # -- versions -------------------------------------------------------------------------------------------------------------
