@@ -30,6 +30,8 @@ MODULE = "qoqlab_kernels.tune"
 BATCHES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: Blocks that may share activations, stages of v4 that are tried.
 CLUSTERS, DEPTHS = (1, 2), (3, 4, 6)
+#: Plans that are timed twice.
+FINALISTS = 4
 #: Blocks that may split a tile's inputs.
 SPLITS = (2, 4, 8)
 
@@ -167,7 +169,8 @@ def ship(path: Path, found: dict[str, Plan]) -> None:
 def best_of(
     tried: Sequence[Plan], form: gemm.Form, data: bench.Operands, m: int, about_us: float
 ) -> tuple[Plan, float, float] | None:
-    """(fastest plan, its microseconds, those of the first plan); None if none works. A wrong result drops a plan, loudly."""
+    """(fastest plan, its microseconds, those of the first plan); None if none works. A wrong result drops a plan, loudly.
+    The fastest are timed twice and count with their better time."""
     times: dict[Plan, float] = {}
     for candidate in tried:
         try:
@@ -176,6 +179,8 @@ def best_of(
             print(f"DROPPED {candidate}: {error}", flush=True)
     if not times:
         return None
+    for close in sorted(times, key=lambda p: times[p])[:FINALISTS]:  # the clock drifts while the others are timed
+        times[close] = min(times[close], bench.time_plan(close, form, data, m, about_us))
     best = min(times, key=lambda p: times[p])
     return best, times[best], times.get(tried[0], float("nan"))
 

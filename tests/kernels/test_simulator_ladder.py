@@ -13,7 +13,7 @@ SHAPES = {
     "v2": [(1, 32, 128), (9, 32, 160)],
     "v3": [(1, 32, 128), (3, 96, 384)],
 }
-GOOD = {"equal": True, "finite": True, "repeats": True, "kept": True, "counters": 0}
+GOOD = {"equal": True, "finite": True, "repeats": True, "kept": True, "flags": 0}
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -7,7 +7,7 @@ from qoqlab_kernels.cases import FORMATS
 
 from .simulator import Simulator
 
-GOOD = {"equal": True, "finite": True, "repeats": True, "kept": True, "counters": 0}
+GOOD = {"equal": True, "finite": True, "repeats": True, "kept": True, "flags": 0}
 
 
 def run(simulator: Simulator, version: str, shape: tuple, name: str, plan: dict, **options: object) -> dict:
