@@ -86,7 +86,7 @@ def _rope_operands(m: int, k: int, dtype: torch.dtype) -> tuple:
     return cache, slots, _numbers(m, k, dtype=dtype), angles.cos().to(dtype), angles.sin().to(dtype), places
 
 
-def _rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+def _rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> tuple:
     return fused.rope_kv4_append(cache, 0, slots, qkv, *tables)
 
 
@@ -96,8 +96,8 @@ def _turned(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: tor
     return exact.rotate(x, cos[rows, None], sin[rows, None])
 
 
-def _want_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
-    return _turned(qkv, *tables)[:, : HEADS[0]]
+def _want_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> tuple:
+    return _turned(qkv, *tables).split(list(HEADS[:2]), 1)
 
 
 def _eager_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> tuple:
@@ -145,8 +145,8 @@ OPERATIONS: dict[str, Operation] = {
         reference.silu_mul_s8,
         _eager_silu,
     ),
-    # q, k, v read, q written; half a byte a code of k and v
-    "rope_kv4_append": Operation(6144, 2 + 2 * 2 / 3 + 1 / 6, _rope_operands, _rope, _want_rope, _eager_rope),
+    # q, k, v read, q and k written; half a byte a code of k and v
+    "rope_kv4_append": Operation(6144, 2 + 2 * 5 / 6 + 1 / 6, _rope_operands, _rope, _want_rope, _eager_rope),
 }
 
 

@@ -25,6 +25,7 @@ so results repeat bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,14 +37,15 @@ from .launch import Program
 from .pages import ChunkLayout
 from .ptx import device, f32, i32, u32, u64
 
-#: query, pool of one layer, page tables, lengths of that layer, sequences, out, partial results, their counters;
-#: sequences, KV heads, pages of a table's row, window (0: none), bits of the scale and of the soft cap (fp32)
+#: query, pool of one layer, page tables, lengths of that layer, sequences, out, log-sum-exp, partial results, their
+#: counters; sequences, KV heads, pages of a table's row, window (0: none), bits of the scale and of the soft cap (fp32)
 SIGNATURE = tuple(
-    types.Array(t, 1, "C") for t in (types.uint16, ptx.u8, u32, u32, u32, types.uint16, ptx.u8, u32)
+    types.Array(t, 1, "C") for t in (types.uint16, ptx.u8, u32, u32, u32, types.uint16, f32, ptx.u8, u32)
 ) + (u32,) * 6  # fmt: skip
 #: Below every score, and its difference to any finite one is far below what exp2 rounds to 0.
 LOWEST = -1e30
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 #: How many partial results are fetched at a time when a head's blocks are merged.
 BATCH = 16
 
@@ -51,13 +53,14 @@ BATCH = 16
 @dataclass(frozen=True)
 class Form:
     """What a kernel is compiled for: ``group`` query heads share a KV head (1..16); ``bfloat``: query and result in bf16
-    instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``."""
+    instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``; ``lse``: scores' log-sum-exp is a result too."""
 
     head_dim: int
     group: int
     page_size: int = 64
     bfloat: bool = False
     softcap: bool = False
+    lse: bool = False
 
     @property
     def layout(self) -> ChunkLayout:
@@ -121,6 +124,12 @@ def word_of(value):
 
 
 @device
+def natural(largest, total):
+    """Log-sum-exp of scores in units of the exponent of 2, of which the largest and the sum relative to it are known."""
+    return f32(LN_2) * (largest + ptx.log2(total))
+
+
+@device
 def shared_float(at):
     return ptx.as_float(ptx.lds1(at))
 
@@ -134,6 +143,7 @@ def v1(form: Form) -> Program:
     span, finish = spanner(form), capper(form)
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
     widen, pack = (ptx.unpack_bfloat, ptx.pack_bfloat) if form.bfloat else (ptx.unpack_half, ptx.pack_half)
+    leaves_lse = form.lse
 
     @device
     def code(pool, chunk, inside, channel, value):
@@ -151,7 +161,21 @@ def v1(form: Form) -> Program:
         return ptx.widen_half(u32(scale)), ptx.widen_half(u32(zero))
 
     def kernel(
-        query, pool, tables, lengths, slots, out, partials, counters, batch, kv_heads, width, window, scale_bits, cap_bits
+        query,
+        pool,
+        tables,
+        lengths,
+        slots,
+        out,
+        lse,
+        partials,
+        counters,
+        batch,
+        kv_heads,
+        width,
+        window,
+        scale_bits,
+        cap_bits,
     ):
         scale, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
         index = u32(u32(cuda.blockIdx.x) * u32(32) + u32(cuda.threadIdx.x))
@@ -185,6 +209,8 @@ def v1(form: Form) -> Program:
                 if total > f32(0.0):
                     y = ptx.divide(acc[c], total)
                 out[index * u32(d) + u32(c)] = types.uint16(pack(y, f32(0.0)) & u32(0xFFFF))
+            if leaves_lse:
+                lse[index] = natural(largest, total) if total > f32(0.0) else -math.inf
 
     return Program(kernel, SIGNATURE, 32)
 
@@ -246,7 +272,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
     parts_at, barriers_at, words_at = ring.parts, ring.barriers, ring.words
     token_tiles, steps, vectors, threads = size // 16, d // 16, d // 64, 32 * warps
-    quads, bfloat, shift = d // 4, form.bfloat, size.bit_length() - 1
+    quads, bfloat, leaves_lse, shift = d // 4, form.bfloat, form.lse, size.bit_length() - 1
     span, finish, wait_oldest = spanner(form), capper(form), ptx.copy_wait(stages - 1)
     pack = ptx.pack_bfloat if bfloat else ptx.pack_half
     # registers of a thread, as arrays whose indices the compiler knows
@@ -391,16 +417,33 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                 o0, o1 = ptx.fuse(f, fours[4 * j], o0), ptx.fuse(f, fours[4 * j + 1], o1)
                 o2, o3 = ptx.fuse(f, fours[4 * j + 2], o2), ptx.fuse(f, fours[4 * j + 3], o3)
             start = u32(start + u32(BATCH))
-        return o0, o1, o2, o3, total
+        return o0, o1, o2, o3, total, largest
 
     @device
-    def write_row(at, total, o0, o1, o2, o3):
-        f = ptx.divide(f32(1.0), total)
+    def write_row(out, lse, row, quad, total, o0, o1, o2, o3, largest):
+        """Four numbers of a query's result; once a query the log-sum-exp of its scores."""
+        at, f = ptx.address(out) + (u64(row) * u64(d) + u64(quad * u32(4))) * u64(2), ptx.divide(f32(1.0), total)
         ptx.stg1(at, pack(o0 * f, o1 * f))
         ptx.stg1(at + u64(4), pack(o2 * f, o3 * f))
+        if leaves_lse and quad == u32(0):
+            ptx.stg1(ptx.address(lse) + u64(row) * u64(4), word_of(natural(largest, total)))
 
     def kernel(
-        query, pool, tables, lengths, slots, out, partials, counters, batch, kv_heads, width, window, scale_bits, cap_bits
+        query,
+        pool,
+        tables,
+        lengths,
+        slots,
+        out,
+        lse,
+        partials,
+        counters,
+        batch,
+        kv_heads,
+        width,
+        window,
+        scale_bits,
+        cap_bits,
     ):
         thread, worker = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x)
         warp, lane = u32(thread >> u32(5)), u32(thread & u32(31))
@@ -426,6 +469,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                 for item in range(kv_heads * u32(group * d // 2)):
                     at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
                     ptx.stg1(ptx.address(out) + at * u64(4), u32(0))
+                if leaves_lse:
+                    for item in range(kv_heads * u32(group)):
+                        at = u64(b) * u64(kv_heads) * u64(group) + u64(item)
+                        ptx.stg1(ptx.address(lse) + at * u64(4), u32(0xFF800000))  # -inf
         inclusive = count
         for k in range(5):
             other = u32(ptx.shuffle_up(i32(inclusive), u32(1 << k)))
@@ -670,8 +717,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                         o0, o1 = ptx.fuse(f, ptx.as_float(four[0]), o0), ptx.fuse(f, ptx.as_float(four[1]), o1)
                         o2, o3 = ptx.fuse(f, ptx.as_float(four[2]), o2), ptx.fuse(f, ptx.as_float(four[3]), o3)
                     if whole:
-                        to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
-                        write_row(to_out, mass, o0, o1, o2, o3)
+                        write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
                     else:
                         spot = u64(u32(u32(worker * u32(2) + side) * u32(group) + r)) * u64(row_bytes)
                         to_part = ptx.address(partials) + spot
@@ -692,11 +738,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                     if ptx.lds1(flag) == u32(last_worker - first_worker):
                         for item in range(thread, u32(group * quads), u32(threads)):
                             r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
-                            o0, o1, o2, o3, mass = merge_rows(
+                            o0, o1, o2, o3, mass, top = merge_rows(
                                 quad, r, first_worker, last_worker, partials, quotient, remainder, head_first
                             )
-                            to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
-                            write_row(to_out, mass, o0, o1, o2, o3)
+                            write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
                         if thread == u32(0):
                             ptx.stg1(counter, u32(0))  # ready for the next launch
                 cuda.syncthreads()  # the rows and the flag may be written again

@@ -31,12 +31,13 @@ def public_attention_case(dtype: str = "float16", **options: Any) -> dict:
     form = Form(64, 2, 16)
     cache, sequences = filled(form, 1, [5, 20])
     query = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
-    want = expected(query, cache, sequences, options.get("scale") or 0.125, options.get("window"), options.get("softcap"))
-    got = [
-        qk.kv4_attention(query, cache, 1, which, **options)
-        for which in (sequences, torch.tensor(sequences, dtype=torch.int32))
-    ]
+    rules = options.get("scale") or 0.125, options.get("window"), options.get("softcap")
+    want, sums = expected(query, cache, sequences, *rules)
+    plain = qk.kv4_attention(query, cache, 1, sequences, **options)
+    both = qk.kv4_attention(query, cache, 1, torch.tensor(sequences, dtype=torch.int32), **options, lse=True)
+    got = [plain, both[0]]
     return {
+        "lse": torch.allclose(both[1].double(), sums, rtol=1e-5, atol=1e-5),
         "error": ((got[0].double() - want).norm() / want.norm()).item(),
         "same": torch.equal(*got),
         "dtype": str(got[0].dtype),

@@ -187,9 +187,9 @@ def test_a_prompt_then_steps_in_a_graph(dim: int, heads: int, kv_heads: int, dty
     for n, count in zip(numbers_, lengths, strict=True):
         x, places = tokens(count, n), torch.arange(count, dtype=torch.int32, device="cuda")
         cache.reserve([n], count + steps + 1)
-        q = qk.rope_kv4_append(cache, 1, torch.full_like(places, n), x.flatten(1), cos, sin, places)
+        q, k = qk.rope_kv4_append(cache, 1, torch.full_like(places, n), x.flatten(1), cos, sin, places)
         y = turned(x, places)
-        assert torch.equal(q, y[:, :heads])
+        assert torch.equal(q, y[:, :heads]) and torch.equal(k, y[:, heads:])
         kept[n] += zip(y[:, heads:], x[:, heads + kv_heads :], strict=True)
         cache.lengths[1, n] = count
         cache._length[n] = [0, count]
@@ -199,14 +199,15 @@ def test_a_prompt_then_steps_in_a_graph(dim: int, heads: int, kv_heads: int, dty
     cache.lengths[1] -= torch.tensor([1, 1, 1, 0], dtype=torch.int32, device="cuda")  # and is undone
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        q = qk.rope_kv4_append(cache, 1, slots, x.flatten(1), cos, sin)
+        q, k = qk.rope_kv4_append(cache, 1, slots, x.flatten(1), cos, sin)
     for step in range(steps):
         x.copy_(tokens(len(lengths), 10 + step))
         places = cache.lengths[1, slots.long()].clone()
         q.fill_(torch.nan)
+        k.fill_(torch.nan)
         graph.replay()
         y = turned(x, places)
-        assert torch.equal(q, y[:, :heads])
+        assert torch.equal(q, y[:, :heads]) and torch.equal(k, y[:, heads:])
         for i, n in enumerate(numbers_):
             kept[n].append((y[i, heads:], x[i, heads + kv_heads :].clone()))
     assert cache.lengths[1].tolist() == [*(count + steps for count in lengths), 0] and not cache.lengths[0].any()

@@ -100,7 +100,7 @@ def test_public_function(simulator: Simulator, options: dict) -> None:
     found = simulator("public_attention_case", **options)
     bfloat = options.get("dtype") == "bfloat16"
     assert found.pop("error") <= (5e-3 if bfloat else 1e-3)
-    assert found == {"same": True, "dtype": "torch.bfloat16" if bfloat else "torch.float16"}
+    assert found == {"same": True, "lse": True, "dtype": "torch.bfloat16" if bfloat else "torch.float16"}
 
 
 MESSAGES = {
