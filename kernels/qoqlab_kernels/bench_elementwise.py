@@ -111,6 +111,23 @@ def _eager_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables
     return turned, (x / scale + zero).round().clamp(0, 15).to(torch.uint8), scale.half(), zero.half()
 
 
+def _own_operands(m: int, k: int, dtype: torch.dtype) -> tuple:
+    """What attention saw with its log-sum-exp, queries, keys, and values as a slice of q, k, v."""
+    heads, kv_heads, dim = HEADS
+    seen, query = (_numbers(m, heads, dim, dtype=dtype) for _ in range(2))
+    qkv = _numbers(m, heads + 2 * kv_heads, dim, dtype=dtype)
+    key = _numbers(m, kv_heads, dim, dtype=dtype)
+    return seen, _numbers(m, heads, dtype=torch.float32), query, key, qkv[:, -kv_heads:]
+
+
+def _eager_own(seen: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple:
+    heads, kv_heads, dim = HEADS
+    key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+    score = (query * key).sum(-1) * dim**-0.5
+    own = torch.sigmoid(score - lse)[..., None]
+    return _eager_codes((seen * (1 - own) + value * own).to(seen.dtype).flatten(1))
+
+
 #: Everything that is measured: sizes of Llama-3-8B.
 OPERATIONS: dict[str, Operation] = {
     "quantize": Operation(
@@ -147,6 +164,8 @@ OPERATIONS: dict[str, Operation] = {
     ),
     # q, k, v read, q and k written; half a byte a code of k and v
     "rope_kv4_append": Operation(6144, 2 + 2 * 5 / 6 + 1 / 6, _rope_operands, _rope, _want_rope, _eager_rope),
+    # what was seen and queries read, a quarter as many keys and values, codes written; 4 bytes a head
+    "attend_own_s8": Operation(4096, 6 + 4 / 128, _own_operands, fused.attend_own_s8, reference.attend_own_s8, _eager_own),
 }
 
 
