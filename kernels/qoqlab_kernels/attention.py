@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ import torch
 
 from qoqlab.checks import require_count, require_positive, require_tensor, shape_of
 
-from . import kv4, matmul, ptx
+from . import kv4, kv4_ladder, matmul, ptx
 from .cache import PagedKV4
 from .kv4 import LOG2_E, Form, Ring
 
+#: Overrides the version, for lessons and tests: ``QOQLAB_ATTENTION=v2``.
+OVERRIDE = "QOQLAB_ATTENTION"
+VERSIONS = kv4_ladder.VERSIONS | {"v4": kv4.v4}
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_GROUP = 16
 #: Warps in a block of v4, and about how many bytes are on their way to each: more let a warp's first page wait for others'
@@ -25,8 +29,8 @@ WARPS, WARP_BYTES = 4, 18432
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which kernel and how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies, ``blocks``
-    in the grid, ``overlap`` with the previous kernel's end."""
+    """Which kernel and, of v4 only, how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies,
+    ``blocks`` in the grid, ``overlap`` with the previous kernel's end."""
 
     version: str
     warps: int = 0
@@ -37,7 +41,7 @@ class AttentionPlan:
 
     def constants(self, form: Form) -> tuple:
         """What the kernel of this version is built from."""
-        return (form,) if self.version == "v1" else (form, self.warps, self.stages, self.bulk, self.overlap)
+        return (form, self.warps, self.stages, self.bulk, self.overlap) if self.version == "v4" else (form,)
 
 
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
@@ -68,7 +72,13 @@ def _plan(form: Form, index: int) -> AttentionPlan:
 
 
 def attention_plan(form: Form, device: torch.device) -> AttentionPlan:
-    """How attention runs on a device; small under the simulator: three blocks, so that heads are shared."""
+    """How attention runs on a device: by v4, or what the override says (ValueError if there is no such version). Small under
+    the simulator: three blocks, so that heads are shared."""
+    chosen = os.environ.get(OVERRIDE, "v4")
+    if chosen not in VERSIONS:
+        raise ValueError(f"{OVERRIDE}: {chosen!r} is not one of {', '.join(VERSIONS)}")
+    if chosen != "v4":
+        return AttentionPlan(chosen)
     if ptx.SIMULATED:
         return AttentionPlan("v4", 2, 2, True, 3)
     return _plan(form, device.index)
@@ -195,7 +205,7 @@ def run(
         grid = (plan.blocks, 1, 1)
     else:
         counters = torch.empty(1, dtype=torch.int32, device=query.device)
-        parts, grid = counters.view(torch.uint8), (-(-heads * form.group // 32), 1, 1)
+        parts, grid = counters.view(torch.uint8), (-(-heads * form.group // kv4_ladder.HEADS[plan.version]), 1, 1)
     factor = scale * LOG2_E if softcap is None else scale * 2 * LOG2_E / softcap
     cap = 0.0 if softcap is None else softcap * LOG2_E
     arguments = [
@@ -214,4 +224,4 @@ def run(
         dtypes = (half, torch.uint8, word, word, word, half, torch.float32, torch.uint8, word)
         arguments = [tensor.view(kind) for tensor, kind in zip(arguments, dtypes, strict=True)]
     numbers = [len(slots), cache.kv_heads, cache.tables.shape[1], window, _bits(factor), _bits(cap)]
-    matmul._run(kv4.VERSIONS[plan.version], plan.constants(form), grid, [*arguments, *numbers])
+    matmul._run(VERSIONS[plan.version], plan.constants(form), grid, [*arguments, *numbers])

@@ -1,11 +1,13 @@
 """Decode attention on the paged KV4 cache: one new token's query against its sequence's 4-bit keys and values.
 
 The ladder. Every version reads the same pages (`pages`) and computes ``softmax(q k^T * scale) v`` of the dequantised cache.
+The first three, for reading, are in `kv4_ladder`; this is v4, for speed.
 
 v1  one thread per query head: walks along the tokens, finds its nibbles by formula; accumulators in local memory
-v4  tensor cores (mma.sync m16n8k16, fp16): codes from their nibbles by one logical operation and one fp16 operation for two,
-    scales and zeros by linearity, the query group on the n side, an equal run of pages for every block. sm_80 and newer;
-    on sm_90 pages come by bulk copies
+v2  one warp per query head, online softmax over 16 tokens at a time; lanes read whole words, codes become floats one by one
+v3  two codes at a time become fp16 numbers by one logical and one fp16 operation: no conversion of integers
+v4  tensor cores (mma.sync m16n8k16, fp16), scales and zeros by linearity, the query group on the n side, an equal run of
+    pages for every block. sm_80 and newer; on sm_90 pages come by bulk copies
 
 Linearity. A cached number is ``s * (c - z)`` with a scale and zero per token, so neither meets the tensor cores. Codes enter
 as ``c - 8``, exact in fp16 and centred, which keeps the sums small (z' = z - 8)::
@@ -25,7 +27,6 @@ so results repeat bit for bit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -134,90 +135,6 @@ def shared_float(at):
     return ptx.as_float(ptx.lds1(at))
 
 
-# -- v1: one thread per query head ----------------------------------------------------------------------------------------
-
-
-def v1(form: Form) -> Program:
-    """32 query heads a block, each thread alone with its own."""
-    layout, d, group, size = form.layout, form.head_dim, form.group, form.page_size
-    span, finish = spanner(form), capper(form)
-    chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
-    widen, pack = (ptx.unpack_bfloat, ptx.pack_bfloat) if form.bfloat else (ptx.unpack_half, ptx.pack_half)
-    leaves_lse = form.lse
-
-    @device
-    def code(pool, chunk, inside, channel, value):
-        row, column = (channel, inside) if value else (inside, channel)
-        lane = 4 * (row % 8) + column % 8 // 2
-        byte = 2 * (column % 2) + (column % 16 // 8 if value else row % 16 // 8)
-        at = ((inside // 16 * (d // 64) + channel // 64) * 32 + lane) * 16 + channel // 16 % 4 * 4 + byte
-        if value:
-            at = at + codes_bytes
-        return f32(i32(i32(pool[chunk + at]) >> i32(channel % 16 // 8 * 4)) & i32(15))
-
-    @device
-    def pair(pool, at):
-        scale, zero = i32(pool[at]) | (i32(pool[at + 1]) << 8), i32(pool[at + 2]) | (i32(pool[at + 3]) << 8)
-        return ptx.widen_half(u32(scale)), ptx.widen_half(u32(zero))
-
-    def kernel(
-        query,
-        pool,
-        tables,
-        lengths,
-        slots,
-        out,
-        lse,
-        partials,
-        counters,
-        batch,
-        kv_heads,
-        width,
-        window,
-        scale_bits,
-        cap_bits,
-    ):
-        scale, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
-        index = u32(u32(cuda.blockIdx.x) * u32(32) + u32(cuda.threadIdx.x))
-        if index < u32(batch * u32(kv_heads * u32(group))):
-            head = ptx.quotient(index, u32(group))
-            sequence = ptx.quotient(head, kv_heads)
-            head = u32(head - sequence * kv_heads)
-            slot = slots[sequence]
-            length, first, _, _ = span(lengths, slot, window)
-            acc = cuda.local.array(d, f32)
-            for c in range(d):
-                acc[c] = f32(0.0)
-            largest, total = f32(LOWEST), f32(0.0)
-            for t in range(first, length):
-                page = tables[slot * width + t // size]
-                chunk, inside = (i32(page) * i32(kv_heads) + i32(head)) * chunk_bytes, i32(t) % size
-                s, z = pair(pool, chunk + key_pairs + 4 * inside)
-                dot = f32(0.0)
-                for c in range(d):
-                    x = widen(u32(query[index * u32(d) + u32(c)]))[0]
-                    dot += x * (code(pool, chunk, inside, c, False) - z)
-                score = finish(dot * s, scale, cap)
-                before, largest = largest, ptx.maximum(largest, score)
-                shrink, weight = ptx.exp2(before - largest), ptx.exp2(score - largest)
-                total = total * shrink + weight
-                s, z = pair(pool, chunk + value_pairs + 4 * inside)
-                for c in range(d):
-                    acc[c] = acc[c] * shrink + weight * s * (code(pool, chunk, inside, c, True) - z)
-            for c in range(d):
-                y = f32(0.0)
-                if total > f32(0.0):
-                    y = ptx.divide(acc[c], total)
-                out[index * u32(d) + u32(c)] = types.uint16(pack(y, f32(0.0)) & u32(0xFFFF))
-            if leaves_lse:
-                lse[index] = natural(largest, total) if total > f32(0.0) else -math.inf
-
-    return Program(kernel, SIGNATURE, 32)
-
-
-# -- v4: tensor cores -----------------------------------------------------------------------------------------------------
-
-
 @device
 def centred(word):
     """The 8 codes of a word, 8 less each, as four fp16 pairs: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7.
@@ -233,6 +150,9 @@ def centred(word):
         ptx.subtract_pair(u32(u32(x & low) | magic), offset),
         ptx.fuse_pair(u32(u32(x & high) | magic), sixteenth, minus),
     )
+
+
+# -- v4: tensor cores -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -753,6 +673,3 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
 
     residents = 2 if ring.total <= SHARED_HALF else 1
     return Program(kernel, SIGNATURE, threads, ring.total, overlap=overlap, residents=residents)
-
-
-VERSIONS: dict[str, Callable[..., Program]] = {"v1": v1, "v4": v4}
