@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from . import exact, reference
-from .affine import Affine, quantize_per_token_s8
+from .affine import Affine
 from .grids import UINT4
 from .progressive import ProgressiveWeight
 
@@ -34,9 +34,6 @@ class Ops(Protocol):
 
     def projection(self, weight: Weight, bias: torch.Tensor | None) -> Projection:
         """A linear layer ready to run."""
-
-    def quantize(self, x: torch.Tensor) -> Any:
-        """INT8 per token of ``x [M, K]``."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
         """RMSNorm, INT8 per token."""
@@ -65,10 +62,6 @@ class ReferenceOps:
     def projection(self, weight: Weight, bias: torch.Tensor | None) -> Projection:
         """The weight as it is."""
         return Projection(weight, bias)
-
-    def quantize(self, x: torch.Tensor) -> Affine:
-        """See `Ops`."""
-        return quantize_per_token_s8(x)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Affine:
         """See `Ops`."""
@@ -102,10 +95,6 @@ class KernelOps:
     def projection(self, weight: Weight, bias: torch.Tensor | None) -> Projection:
         """The weight in the kernels' order. Raises ValueError where they cannot hold it."""
         return Projection(self.kernels.pack_weight(weight), None if bias is None else bias.float().contiguous())
-
-    def quantize(self, x: torch.Tensor) -> Any:
-        """See `Ops`."""
-        return self.kernels.quantize_activations(x)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
         """See `Ops`."""

@@ -1,7 +1,8 @@
 """What an engine does between the q, k, v GEMM and the output GEMM: heads' norms, rotary positions, the cache, attention.
 
-`ReferenceAttention` works on `paged.PagedCache` with `reference` and torch; `KernelAttention` on the kernels' cache. A
-prompt attends to its own exact keys and values, through torch, on both.
+`ReferenceAttention` works on `paged.PagedCache` with `reference` and torch; `KernelAttention` on the kernels' cache. On both
+a prompt attends to its own exact keys and values, through torch, and a decoded token to the quantised cache and its own
+exact key and value. What they return is INT8 per token, ready for the output GEMM.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from . import exact, reference
+from . import exact
+from .affine import Affine, quantize_per_token_s8
 from .kv import KVFormat
 from .paged import PAGE, PagedCache
 
+#: Position of the token that a row without a sequence repeats: not 0, so that there is something to attend to.
+IDLE = 1
 #: RMSNorms of query and key heads ``[D]`` and their epsilon, or None.
 HeadNorms = tuple[torch.Tensor, torch.Tensor, float] | None
 
@@ -61,7 +65,7 @@ def batch_of(sequences: Sequence[int], counts: Sequence[int], starts: Sequence[i
 
 
 class Attention(Protocol):
-    """Attention with a cache. ``qkv [M, (Hq + 2 Hkv) D]``; results ``[M, Hq, D]``."""
+    """Attention with a cache. ``qkv [M, (Hq + 2 Hkv) D]``; results ``[M, Hq D]`` are quantised, as in `arithmetic.Ops`."""
 
     def open(self) -> int:
         """A new, empty sequence."""
@@ -72,11 +76,11 @@ class Attention(Protocol):
     def reserve(self, sequences: Sequence[int], totals: Sequence[int]) -> None:
         """Make room for so many tokens in all of each sequence; raises a RuntimeError where pages are short."""
 
-    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """Prompts: attend to themselves, exactly; keys and values go to the cache."""
 
-    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
-        """One new token a sequence: into the cache, attend."""
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
+        """One new token a sequence: attends to the cache and, exactly, to itself; joins the cache. A window counts it."""
 
     def advance(self, batch: Batch) -> None:
         """All layers have had the tokens of a batch."""
@@ -130,43 +134,29 @@ class ReferenceAttention:
         cos, sin = self.cos[at][:, None], self.sin[at][:, None]
         return exact.rotate(query, cos, sin), exact.rotate(key, cos, sin), value
 
-    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Affine:
         """See `Attention`."""
         found = []
         parts = (t.split(list(batch.counts)) for t in self._heads(layer, qkv, batch))
         for sequence, q, k, v in zip(batch.sequences, *parts, strict=True):
             found.append(causal(q, k, v, window))
             self.cache.append(layer, sequence, 0, k, v)
-        return torch.cat(found)
+        return quantize_per_token_s8(torch.cat(found).flatten(1))
 
-    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Affine:
         """See `Attention`."""
-        return self.cache.decode(layer, batch.sequences, batch.starts, self._heads(layer, qkv, batch), window)
+        seen = self.cache.decode(layer, batch.sequences, batch.starts, self._heads(layer, qkv, batch), window)
+        return quantize_per_token_s8(seen.flatten(1))
 
     def advance(self, batch: Batch) -> None:
         """See `Attention`; positions say everything here."""
 
 
-class QuantizedOwnAttention(ReferenceAttention):
-    """`ReferenceAttention` whose decoded tokens see their own key and value as the cache has them: `KernelAttention`'s."""
-
-    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
-        """See `Attention`."""
-        query, key, value = self._heads(layer, qkv, batch)
-        rows = []
-        for i, (sequence, position) in enumerate(zip(batch.sequences, batch.starts, strict=True)):
-            self.cache.append(layer, sequence, position, key[i : i + 1], value[i : i + 1])
-            first = 0 if window is None else max(0, position + 1 - window)
-            keys, values = self.cache.gather(layer, sequence, first, position + 1)
-            rows.append(reference.kv4_attention(query[i : i + 1], keys[None], values[None]))
-        return torch.cat(rows)
-
-
 class KernelAttention:
     """`Attention` on a GPU, by ``kernels``: the package ``qoqlab_kernels``.
 
-    A decoded token attends to its own key and value as the cache has them, quantised: its reference is
-    `QuantizedOwnAttention`.
+    During a step the device's lengths are those before it, so attention on the cache leaves the new token out although it
+    is there already; `attend_own_s8` adds it, not quantised.
     """
 
     def __init__(
@@ -178,7 +168,7 @@ class KernelAttention:
     ) -> None:
         self.kernels, self.shape, self.norms = kernels, shape, norms
         self.cos, self.sin = rotary
-        # one more sequence, of one token, for the rows of a captured step that have nothing to do
+        # one more sequence for the rows of a captured step that have nothing to do: its token `IDLE` again and again
         self.cache = kernels.PagedKV4(
             shape.layers,
             shape.kv_heads,
@@ -190,7 +180,7 @@ class KernelAttention:
             device=self.cos.device,
         )
         self.idle = self.cache.open()
-        self.cache.reserve([self.idle], 1)
+        self.cache.reserve([self.idle], IDLE + 1)
 
     def open(self) -> int:
         """See `Attention`."""
@@ -215,28 +205,33 @@ class KernelAttention:
         query, key = exact.rms_norm(query, norms[0], norms[2]), exact.rms_norm(key, norms[1], norms[2])
         return torch.cat([query, key, value], 1).flatten(1)
 
-    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+    def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """See `Attention`."""
-        qkv, at = self._normed(layer, qkv), batch.positions.long()
-        query = self._append(layer, qkv, batch)
-        new = qkv.unflatten(-1, (-1, self.shape.head_dim))[:, self.shape.heads :]
-        key, value = new.split(self.shape.kv_heads, 1)
-        key = exact.rotate(key, self.cos[at][:, None], self.sin[at][:, None])
-        parts = zip(*(t.split(list(batch.counts)) for t in (query, key, value)), strict=True)
-        return torch.cat([causal(q, k, v, window) for q, k, v in parts])
+        parts = (t.split(list(batch.counts)) for t in self._append(layer, qkv, batch))
+        seen = [causal(q, k, v, window) for q, k, v in zip(*parts, strict=True)]
+        return self.kernels.quantize_activations(torch.cat(seen).flatten(1))
 
-    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> torch.Tensor:
+    def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """See `Attention`."""
-        if layer == 0:  # for all layers at once; rows without a sequence may share theirs, so nothing is counted up
+        if layer == 0:  # for all layers at once; rows without a sequence share theirs, so nothing is counted up
+            self.cache.lengths[:, batch.slots.long()] = batch.positions
+        query, key, value = self._append(layer, qkv, batch)
+        if window == 1:
+            seen, lse = torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+        else:
+            past = None if window is None else window - 1
+            seen, lse = self.kernels.kv4_attention(query, self.cache, layer, batch.slots, window=past, lse=True)
+        if layer == self.shape.layers - 1:
             self.cache.lengths[:, batch.slots.long()] = batch.positions + 1
-        query = self._append(layer, self._normed(layer, qkv), batch)
-        return self.kernels.kv4_attention(query, self.cache, layer, batch.slots, window=window)
+        return self.kernels.attend_own_s8(seen, lse, query, key, value)
 
-    def _append(self, layer: int, qkv: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Keys and values into the cache; the turned queries."""
-        return self.kernels.rope_kv4_append(
+    def _append(self, layer: int, qkv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values into the cache; query ``[M, Hq, D]`` and key ``[M, Hkv, D]``, turned, and value."""
+        qkv = self._normed(layer, qkv)
+        query, key = self.kernels.rope_kv4_append(
             self.cache, layer, batch.slots, qkv, self.cos, self.sin, positions=batch.positions
         )
+        return query, key, qkv.unflatten(-1, (-1, self.shape.head_dim))[:, -self.shape.kv_heads :]
 
     def advance(self, batch: Batch) -> None:
         """See `Attention`; steps have set the device's lengths, prompts have not."""

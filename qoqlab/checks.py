@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from enum import Enum
 
@@ -38,6 +39,12 @@ def require_tensor(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a torch.Tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}: expected a positive number or None, got {value!r}")
 
 
 def require_float(name: str, value: torch.Tensor) -> None:

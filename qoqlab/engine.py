@@ -18,7 +18,7 @@ from torch import nn
 from . import attention
 from .architecture import Architecture, Block
 from .arithmetic import Ops, Projection, side_by_side
-from .cached_attention import Attention, Batch, HeadNorms, batch_of
+from .cached_attention import IDLE, Attention, Batch, HeadNorms, batch_of
 from .checks import require_count
 from .kv import Keys, KVFormat
 from .schemes import WeightKind
@@ -170,13 +170,13 @@ def _to(weight: Any, device: torch.device) -> Any:
 
 
 class Step:
-    """A step of ``size`` sequences as a CUDA graph. Rows without a sequence repeat the token 0 of the sequence ``idle``."""
+    """A step of ``size`` sequences as a CUDA graph. Rows without one repeat the token `IDLE` of the sequence ``idle``."""
 
     def __init__(
         self, compute: Callable[[torch.Tensor, Batch], torch.Tensor], size: int, idle: int, device: torch.device
     ) -> None:
         self.ids = torch.zeros(size, dtype=torch.int64, device=device)
-        self.positions = torch.zeros(size, dtype=torch.int32, device=device)
+        self.positions = torch.full((size,), IDLE, dtype=torch.int32, device=device)
         self.slots = torch.full((size,), idle, dtype=torch.int32, device=device)
         self.idle, batch = idle, Batch(self.positions, self.slots)
         side = torch.cuda.Stream(device)
@@ -193,7 +193,7 @@ class Step:
         """Logits ``[B, V]`` of the step for B <= size sequences."""
         count = len(ids)
         self.ids[:count], self.positions[:count], self.slots[:count] = ids, batch.positions, batch.slots
-        self.positions[count:], self.slots[count:] = 0, self.idle
+        self.positions[count:], self.slots[count:] = IDLE, self.idle
         self.graph.replay()
         return self.logits[:count].clone()
 
@@ -236,8 +236,7 @@ class Engine:
         y = residual = self.network.embedding[tokens]
         a = ops.norm(residual, layers[0].input_norm, eps)
         for i, layer in enumerate(layers):
-            seen = attend(i, ops.linear(a, layer.qkv), batch, layer.window)
-            y = ops.linear(ops.quantize(seen.flatten(1)), layer.out)
+            y = ops.linear(attend(i, ops.linear(a, layer.qkv), batch, layer.window), layer.out)
             a, residual = ops.add_norm(y, residual, layer.mlp_norm, eps)
             y = ops.linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
             if i + 1 < len(layers):

@@ -38,10 +38,16 @@ def fold(x: torch.Tensor) -> torch.Tensor:
     return x[..., 0]
 
 
+def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """fp32 sum of products over the last axis of ``x, y [..., K]``: `fold` of every `PIECE` products, then `fold` of the
+    pieces. Products of two fp16 or two bf16 numbers are exact."""
+    products = x.float() * y.float()
+    return fold(fold(pad(products, (0, -products.shape[-1] % PIECE)).unflatten(-1, (-1, PIECE))))
+
+
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """fp32 sum of squares of ``x [..., K]``: `fold` of every `PIECE` inputs, then `fold` of the pieces."""
-    values = pad(x.float(), (0, -x.shape[-1] % PIECE))
-    return fold(fold((values * values).unflatten(-1, (-1, PIECE))))
+    """fp32 sum of squares of ``x [..., K]``, see `dot`."""
+    return dot(x, x)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -82,6 +88,27 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     and after the product, as transformers' modules do."""
     gate, up = gate_up.chunk(2, -1)
     return (silu(gate).float() * up.float()).to(gate_up.dtype)
+
+
+def cap(score: torch.Tensor, limit: float) -> torch.Tensor:
+    """``limit * tanh(score / limit)`` in fp32, the tanh as ``1 - 2 / (1 + exp(2 x))``."""
+    limits = torch.full_like(score, limit)
+    x = score / limits
+    divisor = 1 + exp_minus(-(x + x))
+    return limits * (1 - torch.full_like(divisor, 2) / divisor)
+
+
+def join(seen: torch.Tensor, lse: torch.Tensor, score: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Softmax over two parts: one with the result ``seen [..., D]`` and the log-sum-exp ``lse [...]`` of its scores (fp32;
+    -inf for none), the other a single ``value [..., D]`` with its ``score [...]``. Rounded once, to seen's dtype.
+
+    The larger of the two weighs 1, the other ``exp(-|score - lse|)``, both times the reciprocal of their sum.
+    """
+    less = exp_minus((score - lse).abs())
+    one = torch.ones_like(less)
+    share = one / (one + less)
+    past, own = torch.where(lse >= score, share, less * share), torch.where(lse >= score, less * share, share)
+    return (seen.float() * past[..., None] + value.float() * own[..., None]).to(seen.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -226,6 +226,46 @@ def silu_mul_s8(gate_up: torch.Tensor) -> Affine:
     return quantize_per_token_s8(exact.silu_mul(gate_up))
 
 
+def attend_own_s8(
+    seen: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Affine:
+    """A decoded token's own, unquantised key and value join what its query saw in the cache; then INT8 per token.
+
+    ``seen [M, Hq, D]`` and ``lse`` fp32 ``[M, Hq]``: attention over the cache and the log-sum-exp of its scores, -inf where
+    nothing is cached; ``query [M, Hq, D]``, ``key``, ``value`` ``[M, Hkv, D]`` after RoPE, all of seen's dtype; Hq a
+    multiple of Hkv. The own score is ``scale * q k`` (``scale`` defaults to ``D ** -0.5``), with ``softcap``
+    ``softcap * tanh(score / softcap)``; then `exact.join`. Codes ``[M, Hq D]``: what feeds the output projection. Raises
+    TypeError or ValueError for wrong operands, NaN, infinity.
+    """
+    for name, x in (("seen", seen), ("query", query), ("key", key), ("value", value)):
+        require_finite(name, x)
+        if x.ndim != 3 or x.dtype != seen.dtype:
+            raise ValueError(f"{name}: expected {seen.dtype} of shape [M, heads, D], got {x.dtype} of shape {shape_of(x)}")
+    require_float("lse", lse)
+    m, heads, dim = seen.shape
+    if query.shape != seen.shape or lse.shape != seen.shape[:2] or lse.dtype != torch.float32:
+        raise ValueError(
+            f"query, lse: expected {shape_of(seen)} as seen and fp32 of shape {m}x{heads}, got {shape_of(query)} and "
+            f"{lse.dtype} of shape {shape_of(lse)}"
+        )
+    if key.shape != value.shape or key.shape[0] != m or key.shape[2] != dim or heads % key.shape[1]:
+        raise ValueError(
+            f"key, value: expected [{m}, Hkv, {dim}], Hkv a divisor of {heads}, got {shape_of(key)} and {shape_of(value)}"
+        )
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    score = exact.dot(query, key)
+    score = score * torch.full_like(score, dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        score = exact.cap(score, softcap)
+    return quantize_per_token_s8(exact.join(seen, lse, score, value).flatten(1))
+
+
 def _require_norm(name: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     require_rows(name, x)
     require_finite("weight", weight)

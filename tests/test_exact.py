@@ -108,3 +108,62 @@ def test_the_residual_comes_back() -> None:
 def test_bad_input_is_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(numbers(2, 64), torch.ones(64))
+
+
+def joined(past: int, dtype: torch.dtype = torch.float32, softcap: float | None = None) -> tuple[torch.Tensor, ...]:
+    """(what `reference.attend_own_s8` is given, softmax over past and own token in fp64): 3 tokens, 4 heads of 2 keys."""
+    query, key, value = (numbers(3, h, 64, seed=h + past) for h in (4, 2, 2))
+    keys, values = (numbers(3, 4, past, 64, seed=s) for s in (7, 8))
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    scores = (keys.double() @ query.double()[..., None])[..., 0] / 8
+    own = (query.double() * key.double().repeat_interleave(2, 1)).sum(-1, keepdim=True) / 8
+    if softcap:
+        scores, own = (softcap * torch.tanh(s / softcap) for s in (scores, own))
+    seen = (scores.softmax(-1)[..., None] * values.double()).sum(-2).to(dtype)
+    both = torch.cat([values.double(), value.double().repeat_interleave(2, 1)[..., None, :]], -2)
+    want = (torch.cat([scores, own], -1).softmax(-1)[..., None] * both).sum(-2)
+    lse = scores.logsumexp(-1).float()
+    return seen, lse, query, key, value, want
+
+
+@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize("past", [0, 1, 3, 50])
+def test_a_token_that_joins_its_past_is_softmax_over_both(past: int, softcap: float | None) -> None:
+    seen, lse, query, key, value, want = joined(past, softcap=softcap)
+    assert past or bool((lse == -torch.inf).all())
+    own = exact.dot(query, key.repeat_interleave(2, 1)) / 8
+    own = own if softcap is None else exact.cap(own, softcap)
+    got = exact.join(seen, lse, own, value.repeat_interleave(2, 1))
+    torch.testing.assert_close(got, want.float(), rtol=2e-5, atol=2e-5)
+    a = reference.attend_own_s8(seen, lse, query, key, value, softcap=softcap)
+    assert (a.dequantize(torch.float32) - want.flatten(1)).abs().max() <= 0.51 * a.scales.float().max()
+
+
+def test_a_token_without_a_past_or_far_above_it_is_its_value() -> None:
+    seen, lse, _, _, value, _ = joined(3, torch.float16)
+    score, v = torch.zeros(3, 4), value.repeat_interleave(2, 1)
+    for nothing in (torch.full_like(lse, -torch.inf), torch.full_like(lse, -1000.0)):
+        assert torch.equal(exact.join(seen * 0, nothing, score, v), v)
+    assert torch.equal(exact.join(seen, torch.full_like(lse, 1000.0), score, v), seen)
+
+
+def test_a_dot_product_is_folded_and_a_cap_is_odd_and_bounded() -> None:
+    x, y = numbers(5, 128), numbers(5, 128, seed=1)
+    torch.testing.assert_close(exact.dot(x, y).double(), (x.double() * y.double()).sum(-1), rtol=1e-5, atol=1e-5)
+    scores = torch.tensor([-1e30, -100.0, -1.0, 0.0, 1.0, 100.0, 1e30])
+    got = exact.cap(scores, 30.0)
+    torch.testing.assert_close(got, 30 * torch.tanh(scores / 30), rtol=1e-5, atol=1e-5)
+
+
+def test_operands_that_do_not_join_are_named() -> None:
+    seen, lse, query, key, value, _ = joined(3, torch.float16)
+    for changed, message in (
+        ({"seen": seen[0]}, "seen: expected torch.float16 of shape"),
+        ({"query": query.float()}, "query: expected torch.float16 of shape"),
+        ({"lse": lse.half()}, "query, lse: expected 3x4x64 as seen and fp32 of shape 3x4"),
+        ({"key": key[:, :1]}, "key, value: expected"),
+        ({"value": value * torch.nan}, "value: holds"),
+    ):
+        operands = {"seen": seen, "lse": lse, "query": query, "key": key, "value": value}
+        with pytest.raises(ValueError, match=message):
+            reference.attend_own_s8(**(operands | changed))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
-from qoqlab.checks import require_count, require_tensor, shape_of
+from qoqlab.checks import require_count, require_positive, require_tensor, shape_of
 
-from . import kv4, matmul, ptx
+from . import kv4, kv4_ladder, matmul, ptx
 from .cache import PagedKV4
 from .kv4 import LOG2_E, Form, Ring
 
+#: Overrides the version, for lessons and tests: ``QOQLAB_ATTENTION=v2``.
+OVERRIDE = "QOQLAB_ATTENTION"
+VERSIONS = kv4_ladder.VERSIONS | {"v4": kv4.v4}
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_GROUP = 16
 #: Warps in a block of v4, and about how many bytes are on their way to each: more let a warp's first page wait for others'
@@ -26,8 +29,8 @@ WARPS, WARP_BYTES = 4, 18432
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which kernel and how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies, ``blocks``
-    in the grid, ``overlap`` with the previous kernel's end."""
+    """Which kernel and, of v4 only, how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies,
+    ``blocks`` in the grid, ``overlap`` with the previous kernel's end."""
 
     version: str
     warps: int = 0
@@ -38,7 +41,7 @@ class AttentionPlan:
 
     def constants(self, form: Form) -> tuple:
         """What the kernel of this version is built from."""
-        return (form,) if self.version == "v1" else (form, self.warps, self.stages, self.bulk, self.overlap)
+        return (form, self.warps, self.stages, self.bulk, self.overlap) if self.version == "v4" else (form,)
 
 
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
@@ -69,7 +72,13 @@ def _plan(form: Form, index: int) -> AttentionPlan:
 
 
 def attention_plan(form: Form, device: torch.device) -> AttentionPlan:
-    """How attention runs on a device; small under the simulator: three blocks, so that heads are shared."""
+    """How attention runs on a device: by v4, or what the override says (ValueError if there is no such version). Small under
+    the simulator: three blocks, so that heads are shared."""
+    chosen = os.environ.get(OVERRIDE, "v4")
+    if chosen not in VERSIONS:
+        raise ValueError(f"{OVERRIDE}: {chosen!r} is not one of {', '.join(VERSIONS)}")
+    if chosen != "v4":
+        return AttentionPlan(chosen)
     if ptx.SIMULATED:
         return AttentionPlan("v4", 2, 2, True, 3)
     return _plan(form, device.index)
@@ -94,9 +103,31 @@ def _slots(cache: PagedKV4, sequences: Sequence[int] | torch.Tensor) -> torch.Te
     return torch.tensor(numbers, dtype=torch.int32, device=cache.pool.device)
 
 
-def _positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}: expected a positive number or None, got {value!r}")
+@overload
+def kv4_attention(
+    query: torch.Tensor,
+    cache: PagedKV4,
+    layer: int,
+    sequences: Sequence[int] | torch.Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    lse: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def kv4_attention(
+    query: torch.Tensor,
+    cache: PagedKV4,
+    layer: int,
+    sequences: Sequence[int] | torch.Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    *,
+    lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def kv4_attention(
@@ -107,7 +138,8 @@ def kv4_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
-) -> torch.Tensor:
+    lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """One decode step of attention: ``query [B, Hq, D]`` fp16 or bf16 against the cached tokens of ``B`` sequences.
 
     Hq is a multiple of the cache's KV heads, at most 16 times as many; consecutive query heads share a KV head.
@@ -116,7 +148,9 @@ def kv4_attention(
     ``D ** -0.5``. ``window``: only the last so many tokens. ``softcap``: scores become ``softcap * tanh(score / softcap)``.
 
     Returns ``[B, Hq, D]`` in the query's dtype: `qoqlab.reference.kv4_attention` within 1e-3 (relative, before the last
-    rounding); zeros for a sequence without tokens. Repeats are bit-identical. NaN is not looked for.
+    rounding); zeros for a sequence without tokens. With ``lse`` a pair: that, and the natural log-sum-exp of the scaled (and
+    capped) scores, fp32 ``[B, Hq]``, -inf for a sequence without tokens: what `attend_own_s8` needs to add a token. Repeats
+    are bit-identical. NaN is not looked for.
 
     Raises TypeError or ValueError naming the argument; RuntimeError on GPUs below compute capability 8.0.
     """
@@ -139,17 +173,17 @@ def kv4_attention(
         raise ValueError(f"query: on {query.device}, the cache on {cache.pool.device}")
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None:
-            _positive(name, value)
+            require_positive(name, value)
     if window is not None:
         require_count("window", window, 1)
     matmul._require_place("query", query)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    if not len(slots):
-        return out
-    form = Form(cache.head_dim, group, cache.page_size, query.dtype == torch.bfloat16, softcap is not None)
-    scale = cache.head_dim**-0.5 if scale is None else scale
-    run(attention_plan(form, query.device), form, query, cache, layer, slots, out, (scale, window or 0, softcap))
-    return out
+    sums = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse else None
+    if len(slots):
+        form = Form(cache.head_dim, group, cache.page_size, query.dtype == torch.bfloat16, softcap is not None, lse)
+        scale = cache.head_dim**-0.5 if scale is None else scale
+        run(attention_plan(form, query.device), form, query, cache, layer, slots, (out, sums), (scale, window or 0, softcap))
+    return out if sums is None else (out, sums)
 
 
 def run(
@@ -159,18 +193,19 @@ def run(
     cache: PagedKV4,
     layer: int,
     slots: torch.Tensor,
-    out: torch.Tensor,
+    results: tuple[torch.Tensor, torch.Tensor | None],
     options: tuple[float, int, float | None],
 ) -> None:
-    """Launch the kernel of a plan; operands are checked already. ``options``: scale, window (0: none), soft cap."""
-    scale, window, softcap = options
+    """Launch the kernel of a plan; operands are checked already. ``results``: out, and the log-sum-exp or None, as the form
+    says; ``options``: scale, window (0: none), soft cap."""
+    (out, lse), (scale, window, softcap) = results, options
     heads = len(slots) * cache.kv_heads
     if plan.version == "v4":
         parts, counters = matmul.room(plan.blocks * 2 * form.group * form.row, heads, query.device)
         grid = (plan.blocks, 1, 1)
     else:
         counters = torch.empty(1, dtype=torch.int32, device=query.device)
-        parts, grid = counters.view(torch.uint8), (-(-heads * form.group // 32), 1, 1)
+        parts, grid = counters.view(torch.uint8), (-(-heads * form.group // kv4_ladder.HEADS[plan.version]), 1, 1)
     factor = scale * LOG2_E if softcap is None else scale * 2 * LOG2_E / softcap
     cap = 0.0 if softcap is None else softcap * LOG2_E
     arguments = [
@@ -180,12 +215,13 @@ def run(
         cache.layer_lengths(layer),
         slots,
         out,
+        counters if lse is None else lse,
         parts,
         counters,
     ]
     if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
         half, word = torch.uint16, torch.uint32
-        dtypes = (half, torch.uint8, word, word, word, half, torch.uint8, word)
+        dtypes = (half, torch.uint8, word, word, word, half, torch.float32, torch.uint8, word)
         arguments = [tensor.view(kind) for tensor, kind in zip(arguments, dtypes, strict=True)]
     numbers = [len(slots), cache.kv_heads, cache.tables.shape[1], window, _bits(factor), _bits(cap)]
-    matmul._run(kv4.VERSIONS[plan.version], plan.constants(form), grid, [*arguments, *numbers])
+    matmul._run(VERSIONS[plan.version], plan.constants(form), grid, [*arguments, *numbers])

@@ -123,7 +123,9 @@ def time_engine(engine: Engine, batch: Batch) -> dict[str, float]:
         raise measure.WrongResult("the step's logits are not finite")
     first = engine.network.layers[0]
     linears = (first.qkv, first.out, first.gate_up, first.down)
-    inputs = [ops.quantize(torch.randn(size, p.weight.k, device="cuda", dtype=DTYPE)) for p in linears]
+    inputs = [
+        qoqlab_kernels.quantize_activations(torch.randn(size, p.weight.k, device="cuda", dtype=DTYPE)) for p in linears
+    ]
 
     def gemms() -> None:
         for layer in engine.network.layers:
@@ -134,7 +136,7 @@ def time_engine(engine: Engine, batch: Batch) -> dict[str, float]:
 
     def attention() -> None:
         for i in range(len(engine.network.layers)):
-            qoqlab_kernels.kv4_attention(query, attend.cache, i, batch.slots)
+            qoqlab_kernels.kv4_attention(query, attend.cache, i, batch.slots, lse=True)
 
     return {
         "us": replay_time(step.graph),

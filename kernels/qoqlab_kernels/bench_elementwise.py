@@ -86,7 +86,7 @@ def _rope_operands(m: int, k: int, dtype: torch.dtype) -> tuple:
     return cache, slots, _numbers(m, k, dtype=dtype), angles.cos().to(dtype), angles.sin().to(dtype), places
 
 
-def _rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+def _rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> tuple:
     return fused.rope_kv4_append(cache, 0, slots, qkv, *tables)
 
 
@@ -96,8 +96,8 @@ def _turned(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: tor
     return exact.rotate(x, cos[rows, None], sin[rows, None])
 
 
-def _want_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
-    return _turned(qkv, *tables)[:, : HEADS[0]]
+def _want_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> tuple:
+    return _turned(qkv, *tables).split(list(HEADS[:2]), 1)
 
 
 def _eager_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables: torch.Tensor) -> tuple:
@@ -109,6 +109,23 @@ def _eager_rope(cache: PagedKV4, slots: torch.Tensor, qkv: torch.Tensor, *tables
     scale = (high - low) / 15
     zero = -low / scale
     return turned, (x / scale + zero).round().clamp(0, 15).to(torch.uint8), scale.half(), zero.half()
+
+
+def _own_operands(m: int, k: int, dtype: torch.dtype) -> tuple:
+    """What attention saw with its log-sum-exp, queries, keys, and values as a slice of q, k, v."""
+    heads, kv_heads, dim = HEADS
+    seen, query = (_numbers(m, heads, dim, dtype=dtype) for _ in range(2))
+    qkv = _numbers(m, heads + 2 * kv_heads, dim, dtype=dtype)
+    key = _numbers(m, kv_heads, dim, dtype=dtype)
+    return seen, _numbers(m, heads, dtype=torch.float32), query, key, qkv[:, -kv_heads:]
+
+
+def _eager_own(seen: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple:
+    heads, kv_heads, dim = HEADS
+    key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+    score = (query * key).sum(-1) * dim**-0.5
+    own = torch.sigmoid(score - lse)[..., None]
+    return _eager_codes((seen * (1 - own) + value * own).to(seen.dtype).flatten(1))
 
 
 #: Everything that is measured: sizes of Llama-3-8B.
@@ -145,8 +162,10 @@ OPERATIONS: dict[str, Operation] = {
         reference.silu_mul_s8,
         _eager_silu,
     ),
-    # q, k, v read, q written; half a byte a code of k and v
-    "rope_kv4_append": Operation(6144, 2 + 2 * 2 / 3 + 1 / 6, _rope_operands, _rope, _want_rope, _eager_rope),
+    # q, k, v read, q and k written; half a byte a code of k and v
+    "rope_kv4_append": Operation(6144, 2 + 2 * 5 / 6 + 1 / 6, _rope_operands, _rope, _want_rope, _eager_rope),
+    # what was seen and queries read, a quarter as many keys and values, codes written; 4 bytes a head
+    "attend_own_s8": Operation(4096, 6 + 4 / 128, _own_operands, fused.attend_own_s8, reference.attend_own_s8, _eager_own),
 }
 
 

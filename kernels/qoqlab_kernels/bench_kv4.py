@@ -148,7 +148,7 @@ def time_kernel(data: Operands, form: Form, about_us: float) -> tuple[float, flo
     outputs = [torch.empty_like(data.query) for _ in range(data.cache.layers)]
     options = (form.head_dim**-0.5, 0, None)
     calls = [
-        partial(attention.run, plan, form, data.query, data.cache, layer, data.slots, out, options)
+        partial(attention.run, plan, form, data.query, data.cache, layer, data.slots, (out, None), options)
         for layer, out in enumerate(outputs)
     ]
     return (*checked_time(calls, outputs, data.want, about_us), plan)

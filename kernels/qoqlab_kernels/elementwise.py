@@ -50,10 +50,8 @@ PAIRS = {
 
 
 @device
-def silu(x):
-    """`qoqlab.exact.silu` of an fp32 number, not yet rounded to 16 bits."""
-    kept = ptx.maximum(x, f32(-exact.EXP_LIMIT))
-    t = ptx.minimum(kept, f32(exact.EXP_LIMIT))
+def exp_minus(t):
+    """`qoqlab.exact.exp_minus` of a number whose size is at most `exact.EXP_LIMIT`."""
     head = ptx.multiply(t, f32(-exact.LOG2_E[0]))
     shifted = ptx.add(head, f32(exact.ROUNDING))
     f = ptx.add(ptx.subtract(head, ptx.subtract(shifted, f32(exact.ROUNDING))), ptx.multiply(t, f32(-exact.LOG2_E[1])))
@@ -64,8 +62,22 @@ def silu(x):
     p = ptx.multiply(ptx.add(p, f32(exact.EXP2[1])), f)
     p = ptx.add(p, f32(exact.EXP2[0]))
     # the low bits of `shifted` are the integer part: into the exponent with it
-    power = ptx.as_float(u32(u32(ptx.as_int(p)) + (u32(ptx.as_int(shifted)) << u32(23))))
+    return ptx.as_float(u32(u32(ptx.as_int(p)) + (u32(ptx.as_int(shifted)) << u32(23))))
+
+
+@device
+def silu(x):
+    """`qoqlab.exact.silu` of an fp32 number, not yet rounded to 16 bits."""
+    kept = ptx.maximum(x, f32(-exact.EXP_LIMIT))
+    power = exp_minus(ptx.minimum(kept, f32(exact.EXP_LIMIT)))
     return ptx.multiply(kept, ptx.reciprocal(ptx.add(f32(1.0), power)))
+
+
+@device
+def fold8(x0, x1, x2, x3, x4, x5, x6, x7):
+    """`qoqlab.exact.fold` of the eight numbers of a piece."""
+    even = ptx.add(ptx.add(x0, x4), ptx.add(x2, x6))
+    return ptx.add(even, ptx.add(ptx.add(x1, x5), ptx.add(x3, x7)))
 
 
 @device
@@ -76,6 +88,91 @@ def code(y, high, low):
     return u32(ptx.as_int(ptx.add(clamped, f32(exact.ROUNDING))))
 
 
+def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable]:
+    """How a token ends, as two device functions of a block of ``threads``.
+
+    ``quantize(values, tiles, tokens, token, padded, maxima, sums, thread)``: a token's 16-bit numbers in registers -> INT8
+    codes in the GEMM's order, their sum and scale; ``maxima``, ``sums``: 32 words of shared memory each.
+    ``fill(tiles, tokens, token, padded, thread)``: zeros, for what fills up the last group of 8 tokens.
+    """
+    unpack, larger = PAIRS[kind].unpack, PAIRS[kind].largest
+    written = blocks(k, UNIT_K) * UNIT_K // exact.PIECE  # the last unit is filled up with zeros
+    pieces, warps = blocks(written, threads), threads // 32
+    none = ptx.zeros(4 * pieces)
+
+    @device
+    def largest_of_piece(j, a0, a1, a2, a3):
+        return larger(larger(a0, a1), larger(a2, a3))
+
+    @device
+    def word_of_codes(a, b, high, low):
+        x0, x1 = unpack(a)
+        x2, x3 = unpack(b)
+        first = ptx.permute(code(x0, high, low), code(x1, high, low), u32(0x0040))
+        return ptx.permute(first, ptx.permute(code(x2, high, low), code(x3, high, low), u32(0x0040)), u32(0x5410))
+
+    @device
+    def codes_of_piece(j, a0, a1, a2, a3, high, low, at, stride, token, thread):
+        """Store eight codes, return their sum."""
+        piece = u32(u32(j * threads) + thread)
+        if (j + 1) * threads <= written or piece < u32(written):
+            first, second = word_of_codes(a0, a1, high, low), word_of_codes(a2, a3, high, low)
+            chunk = u32(((piece >> u32(1)) ^ token) & u32(7))
+            ptx.stg2(
+                at + u64(piece >> u32(4)) * u64(stride) + u64(chunk * u32(16) + (piece & u32(1)) * u32(8)), first, second
+            )
+            return ptx.dp4a(u32(0x01010101), first, ptx.dp4a(u32(0x01010101), second, i32(0)))
+        return i32(0)
+
+    @device
+    def plus(a, b):
+        return i32(a + b)
+
+    largest = ptx.fold_quads(largest_of_piece, pieces, larger)
+    write_codes = ptx.fold_quads(codes_of_piece, pieces, plus)
+
+    @device
+    def block_largest(word, shared, warp, lane):
+        low, high = unpack(larger(word, word))
+        best = ptx.largest_of_warp(u32(ptx.as_int(ptx.maximum(low, high))))  # bits of numbers >= 0 are in their order
+        if lane == u32(0):
+            shared[warp] = best
+        ptx.named_barrier(u32(0), u32(threads))
+        best = shared[0]
+        for w in range(1, warps):
+            best = max(best, shared[w])
+        return ptx.as_float(best)
+
+    @device
+    def quantize(values, tiles, tokens, token, padded, maxima, sums, thread):
+        warp, lane = u32(thread >> u32(5)), u32(thread & u32(31))
+        best = block_largest(largest(values), maxima, warp, lane)
+        scale = ptx.round_half(ptx.divide(best, f32(127.0)))
+        if scale == f32(0.0):
+            scale = f32(1.0)
+        high = ptx.reciprocal(scale)
+        low = ptx.multiply(ptx.fuse(-high, scale, f32(1.0)), high)
+        place = ptx.address(tiles) + u64(token) * u64(UNIT_K)
+        count = ptx.sum_of_warp(write_codes(values, high, low, place, u32(padded * u32(UNIT_K)), token, thread))
+        if lane == u32(0):
+            sums[warp] = count
+        ptx.named_barrier(u32(0), u32(threads))
+        if thread == u32(0):
+            count = sums[0]
+            for w in range(1, warps):
+                count = i32(count + sums[w])
+            ptx.stg2(ptx.address(tokens) + u64(token) * u64(8), u32(count), u32(ptx.as_int(scale)))
+
+    @device
+    def fill(tiles, tokens, token, padded, thread):
+        place = ptx.address(tiles) + u64(token) * u64(UNIT_K)
+        write_codes(none(), f32(0.0), f32(0.0), place, u32(padded * u32(UNIT_K)), token, thread)
+        if thread == u32(0):
+            ptx.stg2(ptx.address(tokens) + u64(token) * u64(8), u32(0), u32(0))
+
+    return quantize, fill
+
+
 def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = True, overlap: bool = False) -> Program:
     """One of `OPERATIONS` on tokens of ``k`` outputs of a type in `PAIRS`, by blocks of ``threads`` (a power of two).
 
@@ -83,9 +180,9 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
     previous kernel ends (compute capability 9.0).
     """
     pair = PAIRS[kind]
-    unpack, pack, times, sum_of, larger = pair.unpack, pair.pack, pair.multiply, pair.add, pair.largest
+    unpack, pack, times, sum_of = pair.unpack, pair.pack, pair.multiply, pair.add
     pieces, filled, warps = blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, threads), k // exact.PIECE, threads // 32
-    written = blocks(k, UNIT_K) * UNIT_K // exact.PIECE  # the last unit is filled up with zeros
+    quantize, fill = int8_writers(kind, k, threads)
     gated, norm, adding = operation == "silu", operation != "silu", operation == "add_norm"
     row_bytes = PIECE_BYTES * filled * (2 if gated else 1)
     held = pieces <= HELD  # the second operand is loaded together with the first, as far as registers reach
@@ -124,8 +221,7 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
         x2, x3 = unpack(a1)
         x4, x5 = unpack(a2)
         x6, x7 = unpack(a3)
-        even = ptx.add(ptx.add(square(x0), square(x4)), ptx.add(square(x2), square(x6)))
-        return ptx.add(even, ptx.add(ptx.add(square(x1), square(x5)), ptx.add(square(x3), square(x7))))
+        return fold8(square(x0), square(x1), square(x2), square(x3), square(x4), square(x5), square(x6), square(x7))
 
     @device
     def scaled(word, factor):
@@ -165,41 +261,11 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
         b0, b1, b2, b3 = load_piece(j, a0, a1, a2, a3, at, thread)
         return silu_piece(j, a0, a1, a2, a3, b0, b1, b2, b3)
 
-    @device
-    def largest_of_piece(j, a0, a1, a2, a3):
-        return larger(larger(a0, a1), larger(a2, a3))
-
-    @device
-    def word_of_codes(a, b, high, low):
-        x0, x1 = unpack(a)
-        x2, x3 = unpack(b)
-        first = ptx.permute(code(x0, high, low), code(x1, high, low), u32(0x0040))
-        return ptx.permute(first, ptx.permute(code(x2, high, low), code(x3, high, low), u32(0x0040)), u32(0x5410))
-
-    @device
-    def codes_of_piece(j, a0, a1, a2, a3, high, low, at, stride, token, thread):
-        """Store eight codes, return their sum."""
-        piece = u32(u32(j * threads) + thread)
-        if (j + 1) * threads <= written or piece < u32(written):
-            first, second = word_of_codes(a0, a1, high, low), word_of_codes(a2, a3, high, low)
-            chunk = u32(((piece >> u32(1)) ^ token) & u32(7))
-            ptx.stg2(
-                at + u64(piece >> u32(4)) * u64(stride) + u64(chunk * u32(16) + (piece & u32(1)) * u32(8)), first, second
-            )
-            return ptx.dp4a(u32(0x01010101), first, ptx.dp4a(u32(0x01010101), second, i32(0)))
-        return i32(0)
-
-    @device
-    def plus(a, b):
-        return i32(a + b)
-
     load, store = ptx.map_quads(load_piece, pieces), ptx.each_quad(store_piece, pieces)
     fetch = ptx.each_quad(fetch_piece, pieces)
     added, normed, gate = (ptx.zip_quads(step, pieces) for step in (add_piece, norm_piece, silu_piece))
     normed_loading, gate_loading = (ptx.map_quads(step, pieces) for step in (norm_loading, silu_loading))
     squares = ptx.fold_quads(squares_of_piece, pieces, ptx.add)
-    largest = ptx.fold_quads(largest_of_piece, pieces, larger)
-    write_codes = ptx.fold_quads(codes_of_piece, pieces, plus)
     across_warps = _folded_warps(warps)
 
     @device
@@ -213,32 +279,17 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
             total = ptx.add(total, ptx.as_float(u32(ptx.shuffle_xor(ptx.as_int(total), u32(mask)))))
         return total
 
-    @device
-    def block_largest(word, shared, warp, lane):
-        low, high = unpack(larger(word, word))
-        best = ptx.largest_of_warp(u32(ptx.as_int(ptx.maximum(low, high))))  # bits of numbers >= 0 are in their order
-        if lane == u32(0):
-            shared[warp] = best
-        cuda.syncthreads()
-        best = shared[0]
-        for w in range(1, warps):
-            best = max(best, shared[w])
-        return ptx.as_float(best)
-
     def kernel(x, residual, gain, result, tiles, tokens, m, padded, eps):
         sums = cuda.shared.array(threads, f32)
         maxima = cuda.shared.array(32, u32)
         code_sums = cuda.shared.array(32, i32)
         token, thread = u32(cuda.blockIdx.x), u32(cuda.threadIdx.x)
-        warp, lane = u32(thread >> u32(5)), u32(thread & u32(31))
         if overlap:
             ptx.allow_next_kernel()
             if norm:
                 fetch(none(), ptx.address(gain), thread)  # into L2 only: whoever writes the gains may still be at it
             ptx.wait_for_previous_kernel()
         row = u64(token) * u64(row_bytes)
-        place = ptx.address(tiles) + u64(token) * u64(UNIT_K)
-        stride = u32(padded * u32(UNIT_K))
         if token < m:
             values = load(none(), ptx.address(x) + row, thread)
             gains = none()
@@ -260,27 +311,11 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
                 else:
                     values = normed_loading(values, factor, ptx.address(gain), thread)
             if codes:
-                best = block_largest(largest(values), maxima, warp, lane)
-                scale = ptx.round_half(ptx.divide(best, f32(127.0)))
-                if scale == f32(0.0):
-                    scale = f32(1.0)
-                high = ptx.reciprocal(scale)
-                low = ptx.multiply(ptx.fuse(-high, scale, f32(1.0)), high)
-                count = ptx.sum_of_warp(write_codes(values, high, low, place, stride, token, thread))
-                if lane == u32(0):
-                    code_sums[warp] = count
-                cuda.syncthreads()
-                if thread == u32(0):
-                    count = code_sums[0]
-                    for w in range(1, warps):
-                        count = i32(count + code_sums[w])
-                    ptx.stg2(ptx.address(tokens) + u64(token) * u64(8), u32(count), u32(ptx.as_int(scale)))
+                quantize(values, tiles, tokens, token, padded, maxima, code_sums, thread)
             else:
                 store(values, ptx.address(tiles) + row, thread)
-        elif codes:  # the tokens that fill up the last group of 8 are zeros
-            write_codes(none(), f32(0.0), f32(0.0), place, stride, token, thread)
-            if thread == u32(0):
-                ptx.stg2(ptx.address(tokens) + u64(token) * u64(8), u32(0), u32(0))
+        elif codes:
+            fill(tiles, tokens, token, padded, thread)
 
     arrays = (types.uint16, types.uint16, types.uint16, types.uint16, ptx.u8, u32)
     signature = tuple(types.Array(t, 1, "C") for t in arrays) + (u32,) * 3

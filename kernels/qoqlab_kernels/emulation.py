@@ -352,6 +352,11 @@ def exp2(value: Any) -> np.float32:
     return result if result >= np.float32(2.0**-126) or np.isnan(result) else np.float32(0)
 
 
+def log2(value: Any) -> np.float32:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log2(np.float32(value))
+
+
 def subtract_pair(a: Any, b: Any) -> np.uint32:
     return pack_half(*(x - y for x, y in zip(unpack_half(a), unpack_half(b), strict=True)))
 

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from qoqlab import exact
-from qoqlab.checks import require_tensor, shape_of
+from qoqlab.checks import require_positive, require_tensor, shape_of
 
-from . import elementwise, ptx, rope
+from . import elementwise, own_token, ptx, rope
 from .cache import PagedKV4
 from .layout import UNIT_K, Activations, blocks
 from .matmul import KINDS, _aligned, _gpu, _require_place, _run
+from .pages import HEAD_DIMS
 
 #: 16-bit types that the kernels take.
 DTYPES = (torch.float16, torch.bfloat16)
@@ -77,8 +78,9 @@ def rope_kv4_append(
     cos: torch.Tensor,
     sin: torch.Tensor,
     positions: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """RoPE, and a layer's keys and values into the cache, in one kernel. Returns the turned queries ``[M, Hq, D]``.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoPE, and a layer's keys and values into the cache, in one kernel. Returns the turned queries ``[M, Hq, D]`` and the
+    turned keys ``[M, Hkv, D]``.
 
     ``qkv [M, (Hq + 2 Hkv) D]`` fp16 or bf16: queries, keys, values of M tokens, as the fused GEMM leaves them. ``cos``,
     ``sin`` ``[positions, D/2]`` of the same dtype: any kind of RoPE. ``slots`` int32 [M]: the token's sequence. Without
@@ -115,16 +117,91 @@ def rope_kv4_append(
                 f"{name}: expected int32 [{m}] on {qkv.device}, one number per token, got {numbers.dtype} of shape "
                 f"{shape_of(numbers)} on {numbers.device}"
             )
-    queries = torch.empty(m, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    queries, keys = (torch.empty(m, count, dim, dtype=qkv.dtype, device=qkv.device) for count in (heads, kv_heads))
     arrays = [_aligned(qkv), _aligned(cos), _aligned(sin), slots.contiguous()]
     arrays += [slots if positions is None else positions.contiguous(), cache.tables, cache.lengths[layer], cache.pool[layer]]
-    arrays.append(queries)
+    arrays += [queries, keys]
     if ptx.SIMULATED:
         arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
     overlap = not ptx.SIMULATED and _gpu(qkv.device.index)[0] >= (9, 0)
     constants = (KINDS[qkv.dtype], heads, kv_heads, cache.layout, positions is None, overlap)
     _run(rope.rope_kv4, constants, (m, 1, 1), [*arrays, cache.tables.shape[1]])
-    return queries
+    return queries, keys
+
+
+def attend_own_s8(
+    seen: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Activations:
+    """A decoded token's own key and value join what its query saw in the cache, then INT8 per token in the GEMM's order.
+
+    ``seen [M, Hq, D]``, ``lse`` fp32 ``[M, Hq]``: from ``kv4_attention(..., lse=True)``; ``query [M, Hq, D]``, ``key``,
+    ``value`` ``[M, Hkv, D]``, Hkv a divisor of Hq, not quantised, in seen's dtype, fp16 or bf16; D 64 or 128. Tokens of
+    ``value`` may lie apart, as in a slice of ``qkv``. ``scale`` defaults to ``D ** -0.5``; ``softcap`` as in the attention.
+    Equals `qoqlab.reference.attend_own_s8` bit for bit; NaN and infinity are not looked for. Raises TypeError or ValueError
+    for another dtype, shape or device.
+    """
+    for name, x in (("seen", seen), ("query", query), ("key", key), ("value", value)):
+        require_tensor(name, x)
+        if x.dtype not in DTYPES or x.dtype != seen.dtype:
+            raise TypeError(f"{name}: expected fp16 or bf16, as seen, got {x.dtype}")
+        if x.ndim != 3 or 0 in x.shape or x.device != seen.device:
+            raise ValueError(f"{name}: expected [M, heads, D] on {seen.device}, got shape {shape_of(x)} on {x.device}")
+    require_tensor("lse", lse)
+    m, count, dim = seen.shape
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"seen: expected a head_dim of {' or '.join(map(str, HEAD_DIMS))}, got shape {shape_of(seen)}")
+    if query.shape != seen.shape:
+        raise ValueError(f"query: {shape_of(query)} does not have seen's shape {shape_of(seen)}")
+    if lse.dtype != torch.float32 or lse.shape != (m, count) or lse.device != seen.device:
+        raise ValueError(
+            f"lse: expected fp32 [{m}, {count}] on {seen.device}, got {lse.dtype} of shape {shape_of(lse)} on {lse.device}"
+        )
+    if key.shape != (m, key.shape[1], dim) or count % key.shape[1]:
+        raise ValueError(f"key: expected [{m}, Hkv, {dim}] with Hkv a divisor of {count}, got {shape_of(key)}")
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected [{m}, {key.shape[1]}, {dim}], as key, got {shape_of(value)}")
+    for option, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None:
+            require_positive(option, number)
+    _require_place("seen", seen)
+    scale = dim**-0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        tiles, tokens = _own_operator(seen, lse, query, key, value, scale, softcap)
+        return Activations(tiles, tokens, m, count * dim)
+    return _join(seen, lse, query, key, value, (scale, softcap))
+
+
+def _join(
+    seen: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: tuple[float, float | None],
+) -> Activations:
+    """Launch `attend_own_s8`, whose operands are checked. ``options``: scale, soft cap."""
+    (m, heads, dim), kv_heads, (scale, softcap) = seen.shape, key.shape[1], options
+    k, padded = heads * dim, blocks(m, 8) * 8
+    if value.stride()[1:] != (dim, 1) or value.stride(0) % exact.PIECE or value.data_ptr() % 16:
+        value = value.clone(memory_format=torch.contiguous_format)
+    row = value.stride(0)
+    value = value.as_strided(((m - 1) * row + kv_heads * dim,), (1,))  # from the first token to the end of the last
+    tiles, tokens = _empty(seen, m, k)
+    arrays = [_aligned(seen), lse.contiguous(), _aligned(query), _aligned(key), value, tiles, tokens]
+    capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(seen.device.index)[:2]
+    if ptx.SIMULATED:
+        arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
+    threads = threads_for(m, k, processors)
+    constants = (KINDS[seen.dtype], heads, kv_heads, dim, softcap is not None, threads, capability >= (9, 0))
+    numbers = [m, padded, row, _bits(scale), _bits(softcap or 0.0)]
+    _run(own_token.attend_own, constants, (padded, 1, 1), [*arrays, *numbers])
+    return Activations(tiles, tokens, m, k)
 
 
 def threads_for(m: int, k: int, processors: int) -> int:
@@ -223,9 +300,11 @@ def _launch(
 # -- operators ------------------------------------------------------------------------------------------------------------
 
 
-def _empty(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    units, padded = blocks(k, UNIT_K), blocks(x.shape[0], 8) * 8
-    return x.new_empty((units, padded, UNIT_K), dtype=torch.int8), x.new_empty((padded, 2), dtype=torch.int32)
+def _empty(x: torch.Tensor, m: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles and tokens of ``[m, k]`` activations where x lies."""
+    units, padded = blocks(k, UNIT_K), blocks(m, 8) * 8
+    tiles = torch.empty(units, padded, UNIT_K, dtype=torch.int8, device=x.device)
+    return tiles, torch.empty(padded, 2, dtype=torch.int32, device=x.device)
 
 
 @torch.library.custom_op("qoqlab::rms_norm_s8", mutates_args=())
@@ -236,7 +315,7 @@ def _norm_operator(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[t
 
 @_norm_operator.register_fake
 def _(x, weight, eps):  # type: ignore[no-untyped-def]
-    return _empty(x, x.shape[1])
+    return _empty(x, *x.shape)
 
 
 @torch.library.custom_op("qoqlab::add_rms_norm_s8", mutates_args=())
@@ -249,7 +328,7 @@ def _add_norm_operator(
 
 @_add_norm_operator.register_fake
 def _(x, residual, weight, eps):  # type: ignore[no-untyped-def]
-    return (*_empty(x, x.shape[1]), torch.empty_like(x))
+    return (*_empty(x, *x.shape), torch.empty_like(x))
 
 
 @torch.library.custom_op("qoqlab::silu_mul_s8", mutates_args=())
@@ -260,4 +339,23 @@ def _silu_operator(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @_silu_operator.register_fake
 def _(gate_up):  # type: ignore[no-untyped-def]
-    return _empty(gate_up, gate_up.shape[1] // 2)
+    return _empty(gate_up, gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@torch.library.custom_op("qoqlab::attend_own_s8", mutates_args=())
+def _own_operator(
+    seen: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    made = attend_own_s8(seen, lse, query, key, value, scale, softcap)
+    return made.tiles, made.tokens
+
+
+@_own_operator.register_fake
+def _(seen, lse, query, key, value, scale, softcap):  # type: ignore[no-untyped-def]
+    return _empty(seen, seen.shape[0], seen.shape[1] * seen.shape[2])

@@ -1,11 +1,13 @@
 """Decode attention on the paged KV4 cache: one new token's query against its sequence's 4-bit keys and values.
 
 The ladder. Every version reads the same pages (`pages`) and computes ``softmax(q k^T * scale) v`` of the dequantised cache.
+The first three, for reading, are in `kv4_ladder`; this is v4, for speed.
 
 v1  one thread per query head: walks along the tokens, finds its nibbles by formula; accumulators in local memory
-v4  tensor cores (mma.sync m16n8k16, fp16): codes from their nibbles by one logical operation and one fp16 operation for two,
-    scales and zeros by linearity, the query group on the n side, an equal run of pages for every block. sm_80 and newer;
-    on sm_90 pages come by bulk copies
+v2  one warp per query head, online softmax over 16 tokens at a time; lanes read whole words, codes become floats one by one
+v3  two codes at a time become fp16 numbers by one logical and one fp16 operation: no conversion of integers
+v4  tensor cores (mma.sync m16n8k16, fp16), scales and zeros by linearity, the query group on the n side, an equal run of
+    pages for every block. sm_80 and newer; on sm_90 pages come by bulk copies
 
 Linearity. A cached number is ``s * (c - z)`` with a scale and zero per token, so neither meets the tensor cores. Codes enter
 as ``c - 8``, exact in fp16 and centred, which keeps the sums small (z' = z - 8)::
@@ -36,14 +38,15 @@ from .launch import Program
 from .pages import ChunkLayout
 from .ptx import device, f32, i32, u32, u64
 
-#: query, pool of one layer, page tables, lengths of that layer, sequences, out, partial results, their counters;
-#: sequences, KV heads, pages of a table's row, window (0: none), bits of the scale and of the soft cap (fp32)
+#: query, pool of one layer, page tables, lengths of that layer, sequences, out, log-sum-exp, partial results, their
+#: counters; sequences, KV heads, pages of a table's row, window (0: none), bits of the scale and of the soft cap (fp32)
 SIGNATURE = tuple(
-    types.Array(t, 1, "C") for t in (types.uint16, ptx.u8, u32, u32, u32, types.uint16, ptx.u8, u32)
+    types.Array(t, 1, "C") for t in (types.uint16, ptx.u8, u32, u32, u32, types.uint16, f32, ptx.u8, u32)
 ) + (u32,) * 6  # fmt: skip
 #: Below every score, and its difference to any finite one is far below what exp2 rounds to 0.
 LOWEST = -1e30
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 #: How many partial results are fetched at a time when a head's blocks are merged.
 BATCH = 16
 
@@ -51,13 +54,14 @@ BATCH = 16
 @dataclass(frozen=True)
 class Form:
     """What a kernel is compiled for: ``group`` query heads share a KV head (1..16); ``bfloat``: query and result in bf16
-    instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``."""
+    instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``; ``lse``: scores' log-sum-exp is a result too."""
 
     head_dim: int
     group: int
     page_size: int = 64
     bfloat: bool = False
     softcap: bool = False
+    lse: bool = False
 
     @property
     def layout(self) -> ChunkLayout:
@@ -121,75 +125,14 @@ def word_of(value):
 
 
 @device
+def natural(largest, total):
+    """Log-sum-exp of scores in units of the exponent of 2, of which the largest and the sum relative to it are known."""
+    return f32(LN_2) * (largest + ptx.log2(total))
+
+
+@device
 def shared_float(at):
     return ptx.as_float(ptx.lds1(at))
-
-
-# -- v1: one thread per query head ----------------------------------------------------------------------------------------
-
-
-def v1(form: Form) -> Program:
-    """32 query heads a block, each thread alone with its own."""
-    layout, d, group, size = form.layout, form.head_dim, form.group, form.page_size
-    span, finish = spanner(form), capper(form)
-    chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
-    widen, pack = (ptx.unpack_bfloat, ptx.pack_bfloat) if form.bfloat else (ptx.unpack_half, ptx.pack_half)
-
-    @device
-    def code(pool, chunk, inside, channel, value):
-        row, column = (channel, inside) if value else (inside, channel)
-        lane = 4 * (row % 8) + column % 8 // 2
-        byte = 2 * (column % 2) + (column % 16 // 8 if value else row % 16 // 8)
-        at = ((inside // 16 * (d // 64) + channel // 64) * 32 + lane) * 16 + channel // 16 % 4 * 4 + byte
-        if value:
-            at = at + codes_bytes
-        return f32(i32(i32(pool[chunk + at]) >> i32(channel % 16 // 8 * 4)) & i32(15))
-
-    @device
-    def pair(pool, at):
-        scale, zero = i32(pool[at]) | (i32(pool[at + 1]) << 8), i32(pool[at + 2]) | (i32(pool[at + 3]) << 8)
-        return ptx.widen_half(u32(scale)), ptx.widen_half(u32(zero))
-
-    def kernel(
-        query, pool, tables, lengths, slots, out, partials, counters, batch, kv_heads, width, window, scale_bits, cap_bits
-    ):
-        scale, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
-        index = u32(u32(cuda.blockIdx.x) * u32(32) + u32(cuda.threadIdx.x))
-        if index < u32(batch * u32(kv_heads * u32(group))):
-            head = ptx.quotient(index, u32(group))
-            sequence = ptx.quotient(head, kv_heads)
-            head = u32(head - sequence * kv_heads)
-            slot = slots[sequence]
-            length, first, _, _ = span(lengths, slot, window)
-            acc = cuda.local.array(d, f32)
-            for c in range(d):
-                acc[c] = f32(0.0)
-            largest, total = f32(LOWEST), f32(0.0)
-            for t in range(first, length):
-                page = tables[slot * width + t // size]
-                chunk, inside = (i32(page) * i32(kv_heads) + i32(head)) * chunk_bytes, i32(t) % size
-                s, z = pair(pool, chunk + key_pairs + 4 * inside)
-                dot = f32(0.0)
-                for c in range(d):
-                    x = widen(u32(query[index * u32(d) + u32(c)]))[0]
-                    dot += x * (code(pool, chunk, inside, c, False) - z)
-                score = finish(dot * s, scale, cap)
-                before, largest = largest, ptx.maximum(largest, score)
-                shrink, weight = ptx.exp2(before - largest), ptx.exp2(score - largest)
-                total = total * shrink + weight
-                s, z = pair(pool, chunk + value_pairs + 4 * inside)
-                for c in range(d):
-                    acc[c] = acc[c] * shrink + weight * s * (code(pool, chunk, inside, c, True) - z)
-            for c in range(d):
-                y = f32(0.0)
-                if total > f32(0.0):
-                    y = ptx.divide(acc[c], total)
-                out[index * u32(d) + u32(c)] = types.uint16(pack(y, f32(0.0)) & u32(0xFFFF))
-
-    return Program(kernel, SIGNATURE, 32)
-
-
-# -- v4: tensor cores -----------------------------------------------------------------------------------------------------
 
 
 @device
@@ -207,6 +150,9 @@ def centred(word):
         ptx.subtract_pair(u32(u32(x & low) | magic), offset),
         ptx.fuse_pair(u32(u32(x & high) | magic), sixteenth, minus),
     )
+
+
+# -- v4: tensor cores -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -246,7 +192,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
     parts_at, barriers_at, words_at = ring.parts, ring.barriers, ring.words
     token_tiles, steps, vectors, threads = size // 16, d // 16, d // 64, 32 * warps
-    quads, bfloat, shift = d // 4, form.bfloat, size.bit_length() - 1
+    quads, bfloat, leaves_lse, shift = d // 4, form.bfloat, form.lse, size.bit_length() - 1
     span, finish, wait_oldest = spanner(form), capper(form), ptx.copy_wait(stages - 1)
     pack = ptx.pack_bfloat if bfloat else ptx.pack_half
     # registers of a thread, as arrays whose indices the compiler knows
@@ -391,16 +337,33 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                 o0, o1 = ptx.fuse(f, fours[4 * j], o0), ptx.fuse(f, fours[4 * j + 1], o1)
                 o2, o3 = ptx.fuse(f, fours[4 * j + 2], o2), ptx.fuse(f, fours[4 * j + 3], o3)
             start = u32(start + u32(BATCH))
-        return o0, o1, o2, o3, total
+        return o0, o1, o2, o3, total, largest
 
     @device
-    def write_row(at, total, o0, o1, o2, o3):
-        f = ptx.divide(f32(1.0), total)
+    def write_row(out, lse, row, quad, total, o0, o1, o2, o3, largest):
+        """Four numbers of a query's result; once a query the log-sum-exp of its scores."""
+        at, f = ptx.address(out) + (u64(row) * u64(d) + u64(quad * u32(4))) * u64(2), ptx.divide(f32(1.0), total)
         ptx.stg1(at, pack(o0 * f, o1 * f))
         ptx.stg1(at + u64(4), pack(o2 * f, o3 * f))
+        if leaves_lse and quad == u32(0):
+            ptx.stg1(ptx.address(lse) + u64(row) * u64(4), word_of(natural(largest, total)))
 
     def kernel(
-        query, pool, tables, lengths, slots, out, partials, counters, batch, kv_heads, width, window, scale_bits, cap_bits
+        query,
+        pool,
+        tables,
+        lengths,
+        slots,
+        out,
+        lse,
+        partials,
+        counters,
+        batch,
+        kv_heads,
+        width,
+        window,
+        scale_bits,
+        cap_bits,
     ):
         thread, worker = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x)
         warp, lane = u32(thread >> u32(5)), u32(thread & u32(31))
@@ -426,6 +389,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                 for item in range(kv_heads * u32(group * d // 2)):
                     at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
                     ptx.stg1(ptx.address(out) + at * u64(4), u32(0))
+                if leaves_lse:
+                    for item in range(kv_heads * u32(group)):
+                        at = u64(b) * u64(kv_heads) * u64(group) + u64(item)
+                        ptx.stg1(ptx.address(lse) + at * u64(4), u32(0xFF800000))  # -inf
         inclusive = count
         for k in range(5):
             other = u32(ptx.shuffle_up(i32(inclusive), u32(1 << k)))
@@ -670,8 +637,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                         o0, o1 = ptx.fuse(f, ptx.as_float(four[0]), o0), ptx.fuse(f, ptx.as_float(four[1]), o1)
                         o2, o3 = ptx.fuse(f, ptx.as_float(four[2]), o2), ptx.fuse(f, ptx.as_float(four[3]), o3)
                     if whole:
-                        to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
-                        write_row(to_out, mass, o0, o1, o2, o3)
+                        write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
                     else:
                         spot = u64(u32(u32(worker * u32(2) + side) * u32(group) + r)) * u64(row_bytes)
                         to_part = ptx.address(partials) + spot
@@ -692,11 +658,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                     if ptx.lds1(flag) == u32(last_worker - first_worker):
                         for item in range(thread, u32(group * quads), u32(threads)):
                             r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
-                            o0, o1, o2, o3, mass = merge_rows(
+                            o0, o1, o2, o3, mass, top = merge_rows(
                                 quad, r, first_worker, last_worker, partials, quotient, remainder, head_first
                             )
-                            to_out = ptx.address(out) + (u64(row + r) * u64(d) + u64(quad * u32(4))) * u64(2)
-                            write_row(to_out, mass, o0, o1, o2, o3)
+                            write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
                         if thread == u32(0):
                             ptx.stg1(counter, u32(0))  # ready for the next launch
                 cuda.syncthreads()  # the rows and the flag may be written again
@@ -708,6 +673,3 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
 
     residents = 2 if ring.total <= SHARED_HALF else 1
     return Program(kernel, SIGNATURE, threads, ring.total, overlap=overlap, residents=residents)
-
-
-VERSIONS: dict[str, Callable[..., Program]] = {"v1": v1, "v4": v4}

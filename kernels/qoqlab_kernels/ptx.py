@@ -215,6 +215,8 @@ round_to_byte = instruction(
 )
 #: 2**x, off by at most 2 units in the last place; results below 2**-126 are 0
 exp2 = instruction("exp2", "ex2.approx.ftz.f32 $0, $1;", (f32,), (f32,), pure=True)
+#: log2(x), off by at most 2**-22 (of itself outside of 0.5..2)
+log2 = instruction("log2", "lg2.approx.ftz.f32 $0, $1;", (f32,), (f32,), pure=True)
 #: a * b + c, rounded once
 fuse = instruction("fuse", "fma.rn.f32 $0, $1, $2, $3;", (f32,), (f32, f32, f32), pure=True)
 #: a - b and a * b + c on fp16 pairs

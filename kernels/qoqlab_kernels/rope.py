@@ -74,7 +74,7 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
         ptx.st_byte(place, first)
         ptx.st_byte(place + u64(64), second)
 
-    def kernel(qkv, cosines, sines, slots, positions, tables, lengths, pool, queries, width):
+    def kernel(qkv, cosines, sines, slots, positions, tables, lengths, pool, queries, keys, width):
         token, thread = u32(cuda.blockIdx.x), u32(cuda.threadIdx.x)
         if overlap:
             ptx.allow_next_kernel()
@@ -98,8 +98,12 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
             if known < u32(heads + kv_heads):
                 w0, w2 = turned(w0, w2, c0, s0)
                 w1, w3 = turned(w1, w3, c1, s1)
-            if head < u32(heads):
-                at = ptx.address(queries) + (u64(token) * u64(heads) + u64(head)) * u64(2 * dim) + u64(channel) * u64(2)
+            if head < u32(heads + kv_heads):
+                if head < u32(heads):
+                    at = ptx.address(queries) + (u64(token) * u64(heads) + u64(head)) * u64(2 * dim)
+                else:
+                    at = ptx.address(keys) + (u64(token) * u64(kv_heads) + u64(u32(head - u32(heads)))) * u64(2 * dim)
+                at = at + u64(channel) * u64(2)
                 ptx.stg1(at, w0)
                 ptx.stg1(at + u64(16), w1)
                 ptx.stg1(at + u64(dim), w2)
@@ -152,5 +156,5 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
             if thread == u32(0):
                 ptx.stg1(length_at, u32(position + u32(1)))
 
-    arrays = (types.uint16,) * 3 + (u32,) * 4 + (ptx.u8, types.uint16)
+    arrays = (types.uint16,) * 3 + (u32,) * 4 + (ptx.u8, types.uint16, types.uint16)
     return Program(kernel, (*(types.Array(t, 1, "C") for t in arrays), u32), threads, overlap=overlap)

@@ -8,7 +8,7 @@ import torch
 from qoqlab import engine
 from qoqlab.architecture import describe
 from qoqlab.arithmetic import KernelOps, ReferenceOps
-from qoqlab.cached_attention import KernelAttention, QuantizedOwnAttention, Shape
+from qoqlab.cached_attention import KernelAttention, ReferenceAttention, Shape
 from qoqlab.kv import KVFormat
 from qoqlab.pipeline import QuantizedModel
 
@@ -25,7 +25,7 @@ def pair(
     made = []
     for ops, attend in (
         (KernelOps(qk, dtype), KernelAttention(qk, shape, (cos, sin), norms)),
-        (ReferenceOps(dtype), QuantizedOwnAttention(shape, KVFormat(), (cos, sin), norms, dtype)),
+        (ReferenceOps(dtype), ReferenceAttention(shape, KVFormat(), (cos, sin), norms, dtype)),
     ):
         made.append(engine.Engine(engine.network_of(architecture, ops, place), ops, attend, limits))
     return made[0], made[1]

@@ -29,6 +29,7 @@ from ..families import build, cast_parameters
 from .engines import pair as engine_pair
 from .expected import product
 from .simulated_attention import attention_case, attention_errors, attention_mutant_case, public_attention_case
+from .simulated_own import compiled_own_case, own_case, own_errors, own_mutant_case
 
 GUARD = 512  # elements of poison before and after an output
 
@@ -230,7 +231,7 @@ def rope_case(dim: int, heads: int, kv_heads: int, dtype: str, stepwise: bool) -
     slots, places = (torch.tensor(v, dtype=torch.int32) for v in zip(*fresh, strict=True))
     got.reserve([0, 1], 4)
     with poisoned_outputs():
-        q = qk.rope_kv4_append(got, 1, slots, qkv.flatten(1), cos, sin, None if stepwise else places)
+        q, k = qk.rope_kv4_append(got, 1, slots, qkv.flatten(1), cos, sin, None if stepwise else places)
     rows = places.long()
     turned = exact.rotate(qkv[:, : heads + kv_heads], cos[rows, None], sin[rows, None])
     lengths = got.lengths.tolist()
@@ -247,6 +248,7 @@ def rope_case(dim: int, heads: int, kv_heads: int, dtype: str, stepwise: bool) -
     grown = want.lengths.tolist() if stepwise else [[0, 0, 0], [*before, 0]]
     return {
         "queries": torch.equal(q, turned[:, :heads]),
+        "keys": torch.equal(k, turned[:, heads:]),
         "cache": all(same) and torch.equal(got.pool[0], want.pool[0]),
         "lengths": lengths == grown,
     }
@@ -329,22 +331,47 @@ def fused_errors() -> dict:
 # -- the engine -----------------------------------------------------------------------------------------------------------
 
 
-def engine_case(family: str) -> dict:
-    """A model of one layer on simulated kernels and on the reference: two prompts of different lengths, then a step. Largest
-    relative error of the prompts' logits and of the step's; whether both caches hold the same."""
-    model = build(family, hidden_size=128, head_dim=64, kv_heads=1, num_attention_heads=2, num_hidden_layers=1)
-    result = quantize_model(cast_parameters(model, torch.float16), "rtn-w4a8kv4-g128", progress=False)
+@contextlib.contextmanager
+def by_the_reference() -> Any:
+    """GEMM and quantiser, which have tests of their own, replaced by what they equal: slow to simulate."""
+
+    def multiply(a: layout.Activations, _: None, packed: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
+        return product(a.codes, a.scales, qk.unpack(packed), bias, dtype)
+
+    def quantize(x: torch.Tensor) -> layout.Activations:
+        a = quantize_per_token_s8(x)
+        return layout.tile_activations(a.codes, a.scales)
+
+    with mock.patch.object(qk, "w4a8_gemm", multiply), mock.patch.object(qk, "quantize_activations", quantize):
+        yield
+
+
+def engine_case(family: str, window: int | None = None, gemms: bool = False) -> dict:
+    """A model of one layer on simulated kernels and on the reference: two prompts of different lengths, then a step, with
+    ``gemms`` simulated too. Largest relative error of the prompts' logits and of the step's; whether both caches hold the
+    same; how many tokens the device counts."""
+    config: dict = {} if window is None else {"sliding_window": window}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 64, "kv_heads": 1, "num_attention_heads": 2}
+    model = build(family, num_hidden_layers=1, **sizes, **config)
+    result = quantize_model(cast_parameters(model, torch.float16), "rtn-w4a8kv4", progress=False)
     engines = engine_pair(result, "cpu", torch.float16, (2, 70))
-    prefilled = [e.prefill([[1, 2, 3], [7]]) for e in engines]
-    steps = [e.decode(sequences, [5, 6]) for e, (sequences, _) in zip(engines, prefilled, strict=True)]
+    with by_the_reference():
+        prefilled = [e.prefill([[1, 2, 3], [7]]) for e in engines]
+    with contextlib.nullcontext() if gemms else by_the_reference():
+        steps = [e.decode(sequences, [5, 6]) for e, (sequences, _) in zip(engines, prefilled, strict=True)]
 
     def error(got: torch.Tensor, want: torch.Tensor) -> float:
         return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
     fast, plain = (e.attend.cache for e in engines)
-    (a, _), (b, _) = (sequences for sequences, _ in prefilled)
+    (a, last), (b, _) = (sequences for sequences, _ in prefilled)
     same = map(torch.equal, fast.gather(0, a), plain.gather(0, b, 0, 4))
-    return {"prefill": error(*(logits for _, logits in prefilled)), "decode": error(*steps), "cache": all(same)}
+    return {
+        "prefill": error(*(logits for _, logits in prefilled)),
+        "decode": error(*steps),
+        "cache": all(same),
+        "lengths": fast.lengths[0, [a, last]].tolist(),
+    }
 
 
 # -- what the tests must notice -------------------------------------------------------------------------------------------
@@ -498,6 +525,7 @@ FUNCTIONS = {
         *(gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases),
         *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case),
         *(attention_case, public_attention_case, attention_mutant_case, attention_errors),
+        *(own_case, compiled_own_case, own_mutant_case, own_errors),
     )
 }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import emulation, matmul, ptx
+from qoqlab_kernels import attention, emulation, matmul, ptx
 from qoqlab_kernels.attention import AttentionPlan
 from qoqlab_kernels.kv4 import Form
 
@@ -26,25 +28,30 @@ def attention_case(form: dict, plan: dict, reverse: bool = False, **options: Any
     return found | {"counters": int(counters.abs().sum()) if p.version == "v4" else 0}
 
 
-def public_attention_case(dtype: str = "float16", **options: Any) -> dict:
-    """`kv4_attention` from end to end, on a list of sequences and on a tensor."""
+def public_attention_case(dtype: str = "float16", version: str | None = None, **options: Any) -> dict:
+    """`kv4_attention` from end to end, on a list of sequences and on a tensor, with the version forced as a lesson would."""
     form = Form(64, 2, 16)
     cache, sequences = filled(form, 1, [5, 20])
+    forced = {} if version is None else {attention.OVERRIDE: version}
     query = torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(3)).to(getattr(torch, dtype))
-    want = expected(query, cache, sequences, options.get("scale") or 0.125, options.get("window"), options.get("softcap"))
-    got = [
-        qk.kv4_attention(query, cache, 1, which, **options)
-        for which in (sequences, torch.tensor(sequences, dtype=torch.int32))
-    ]
+    rules = options.get("scale") or 0.125, options.get("window"), options.get("softcap")
+    want, sums = expected(query, cache, sequences, *rules)
+    with mock.patch.dict(os.environ, forced):
+        chosen = attention.attention_plan(form, query.device).version
+        plain = qk.kv4_attention(query, cache, 1, sequences, **options)
+        both = qk.kv4_attention(query, cache, 1, torch.tensor(sequences, dtype=torch.int32), **options, lse=True)
+    got = [plain, both[0]]
     return {
+        "lse": torch.allclose(both[1].double(), sums, rtol=1e-5, atol=1e-5),
         "error": ((got[0].double() - want).norm() / want.norm()).item(),
         "same": torch.equal(*got),
         "dtype": str(got[0].dtype),
+        "version": chosen,
     }
 
 
-def attention_mutant_case(what: str) -> dict:
-    """v4 with one instruction changed: its error. "nothing" changes none."""
+def attention_mutant_case(version: str, what: str) -> dict:
+    """A version with one instruction changed: its error. "nothing" changes none."""
     weigh, cap = emulation.pack_half, emulation.maximum
     name, wrong = {
         "nothing": ("pack_half", weigh),
@@ -53,9 +60,12 @@ def attention_mutant_case(what: str) -> dict:
         "no largest score": ("maximum", lambda a, b: cap(a, a)),
         "counts no arrivals": ("atomic_inc", lambda at: 0),
         "offset of the codes": ("subtract_pair", lambda a, b: emulation.subtract_pair(a, int(b) - 0x10001)),
+        "logarithm of another base": ("log2", lambda x: emulation.log2(x) * np.float32(0.7)),
+        "conversion of the codes": ("to_float", lambda x: emulation.to_float(x) * np.float32(1.01)),
+        "lanes do not meet": ("shuffle_xor", lambda value, mask: value),
     }[what]
     with mock.patch.object(ptx, name, wrong):
-        found = attend(AttentionPlan("v4", 2, 2, True, 3), Form(64, 2, 16), 1, [50])
+        found = attend(AttentionPlan(version, 2, 2, True, 2), Form(64, 2, 16, lse=True), 1, [50])
     for _, counters in [matmul.room(1, 1, torch.device("cpu"))]:
         counters.zero_()
     return found
@@ -92,4 +102,6 @@ def attention_errors() -> dict:
         "window: 0": call(window=0),
         "window: 1.5": call(window=1.5),
     }
-    return {name: message_of(call) for name, call in calls.items()}
+    found = {name: message_of(call) for name, call in calls.items()}
+    with mock.patch.dict(os.environ, {attention.OVERRIDE: "v5"}):
+        return found | {"version: v5": message_of(call())}

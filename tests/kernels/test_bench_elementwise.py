@@ -23,8 +23,10 @@ def test_bytes_by_hand() -> None:
     assert elementwise.moved("rms_norm_s8", 3, 4096) == 3 * 4096 * (2 + 1) + 2 * 4096 + 3 * 8
     assert elementwise.moved("add_rms_norm_s8", 3, 4096) == 3 * 4096 * (2 + 2 + 2 + 1) + 2 * 4096 + 3 * 8
     assert elementwise.moved("silu_mul_s8", 3, 14336) == 3 * 14336 * (2 + 2 + 1) + 3 * 8
-    # 32 + 8 + 8 heads of 128 read, 32 written, 16 x 128 codes in half a byte, 16 scales and zeros
-    assert elementwise.moved("rope_kv4_append", 3, 6144) == 3 * (48 * 256 + 32 * 256 + 16 * 64 + 16 * 4)
+    # 32 + 8 + 8 heads of 128 read, 32 + 8 written, 16 x 128 codes in half a byte, 16 scales and zeros
+    assert elementwise.moved("rope_kv4_append", 3, 6144) == 3 * (48 * 256 + 40 * 256 + 16 * 64 + 16 * 4)
+    # 32 heads seen, 32 queries, 8 keys, 8 values read, 32 log-sum-exps; 4096 codes, sum and scale written
+    assert elementwise.moved("attend_own_s8", 3, 4096) == 3 * (80 * 256 + 32 * 4 + 4096 + 8)
 
 
 def test_a_result_is_the_same_only_if_order_and_padding_are() -> None:

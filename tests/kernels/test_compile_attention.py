@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qoqlab_kernels import kv4
+from qoqlab_kernels import kv4, kv4_ladder
 from qoqlab_kernels.attention import plan_for
 from qoqlab_kernels.kv4 import Form
 
@@ -21,7 +21,7 @@ BRANCHES = 140
 
 def name(value: object) -> str:
     if isinstance(value, Form):
-        more = "".join(f"-{k}" for k in ("bfloat", "softcap") if getattr(value, k))
+        more = "".join(f"-{k}" for k in ("bfloat", "softcap", "lse") if getattr(value, k))
         return f"d{value.head_dim}-g{value.group}-p{value.page_size}{more}"
     return f"sm{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
 
@@ -30,9 +30,10 @@ def name(value: object) -> str:
     ("form", "capability"),
     [
         (Form(128, 4), (9, 0)),
-        (Form(128, 4), (8, 0)),
+        (Form(128, 4, lse=True), (9, 0)),
+        (Form(128, 4, lse=True), (8, 0)),
         (Form(128, 1), (8, 9)),
-        (Form(64, 7, 16, True, True), (9, 0)),
+        (Form(64, 7, 16, True, True, True), (9, 0)),
         (Form(64, 16, 64, False, True), (8, 0)),
     ],
     ids=name,
@@ -49,14 +50,35 @@ def test_v4(form: Form, capability: tuple, tmp_path: Path) -> None:
 
 def test_wide_groups_spill_little(tmp_path: Path) -> None:
     """Two tiles of queries at head_dim 128 need every register; a few numbers that change once a segment leave them."""
-    form = Form(128, 16)
+    form = Form(128, 16, lse=True)
     program = kv4.v4(*plan_for(form, (9, 0), 100, *SHARED[9, 0]).constants(form))
     made = compile_offline(program, (9, 0), tmp_path)
     assert made.registers <= 255 and made.opcodes["LDL"] <= 40 and made.opcodes["STL"] <= 24
 
 
+@pytest.mark.parametrize(
+    ("version", "form", "capability"),
+    [
+        ("v2", Form(128, 4), (8, 0)),
+        ("v2", Form(64, 3, 16, True, True, True), (9, 0)),
+        ("v3", Form(128, 4, lse=True), (8, 9)),
+        ("v3", Form(128, 16, 128, True), (9, 0)),
+    ],
+    ids=name,
+)
+def test_a_warp_a_head(version: str, form: Form, capability: tuple, tmp_path: Path) -> None:
+    """v2 converts every code from an integer, v3 none: one fp16 operation for two."""
+    program = kv4_ladder.VERSIONS[version](form)
+    made = compile_offline(program, capability, tmp_path)
+    assert_clean(made, program, BRANCHES)
+    codes = 2 * 8 * form.head_dim // 16  # of a tile of 16 tokens, keys and values, in a lane
+    conversions = made.opcodes["I2F"] + made.opcodes["I2FP"]
+    assert (conversions >= codes) == (version == "v2")
+    assert (made.opcodes["HADD2"] + made.opcodes["HFMA2"] >= codes // 2) == (version == "v3")
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=name)
 def test_v1(capability: tuple, tmp_path: Path) -> None:
     """Its accumulators are indexed by a loop, so they lie in local memory: what the later versions do away with."""
-    made = compile_offline(kv4.v1(Form(128, 4)), capability, tmp_path)
+    made = compile_offline(kv4_ladder.v1(Form(128, 4, lse=True)), capability, tmp_path)
     assert {"LDL", "STL"} <= set(made.opcodes) and "HMMA" not in made.opcodes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qoqlab_kernels import cases, elementwise, rope
+from qoqlab_kernels import cases, elementwise, own_token, rope
 from qoqlab_kernels.pages import ChunkLayout
 
 from .compilers import assert_clean, compile_offline, needs_compilers
@@ -14,7 +14,7 @@ pytestmark = needs_compilers
 
 #: Branch instructions, recorded with CUDA 13.5 and rounded up; most are subroutines of divisions and square roots.
 BRANCHES = {"norm": 50, "add_norm": 50, "silu": 150}
-ROPE_BRANCHES = 150
+ROPE_BRANCHES, OWN_BRANCHES = 150, 100
 #: Usual sizes, and the widest of each kind, which need the most registers.
 KERNELS = [
     (("norm", "half", 4096, 512, True, True), (9, 0)),
@@ -52,3 +52,19 @@ def test_rope_and_append(constants: tuple, capability: tuple, tmp_path: Path) ->
     made = compile_offline(program, capability, tmp_path)
     assert_clean(made, program, ROPE_BRANCHES)
     assert "STG.E.U8" in made.listing and "SHFL" in made.opcodes
+
+
+@pytest.mark.parametrize(
+    ("constants", "capability"),
+    [
+        (("half", 32, 8, 128, False, 512, True), (9, 0)),
+        (("bfloat", 64, 4, 128, True, 512), (8, 0)),
+        (("half", 3, 3, 64, False, 64), (8, 9)),
+    ],
+    ids=lambda v: "-".join(map(str, v)),
+)
+def test_a_token_joins_its_past(constants: tuple, capability: tuple, tmp_path: Path) -> None:
+    program = own_token.attend_own(*constants)
+    made = compile_offline(program, capability, tmp_path)
+    assert_clean(made, program, OWN_BRANCHES)
+    assert {"REDUX", "SHFL"} <= set(made.opcodes) and "LDG.E.128" in made.listing and "STG.E.64" in made.listing

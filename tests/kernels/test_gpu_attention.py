@@ -54,6 +54,16 @@ def test_long_contexts(tokens: int, what: str) -> None:
     check(Form(128, 4), 2, [tokens, 7], what=what)
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 1000, 131072])
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_log_sum_exp(tokens: int, softcap: float | None) -> None:
+    """Heads that one block has, that many share, and sequences without tokens; a window."""
+    form = Form(128, 4, softcap=softcap is not None, lse=True)
+    check(form, 2, [tokens, 0, 7, 300], softcap=softcap)
+    check(form, 2, [tokens, 0, 7, 300], softcap=softcap, window=100)
+    check(form, 2, [tokens % 5000, 0, 7], AttentionPlan("v1"), softcap=softcap)
+
+
 @pytest.mark.parametrize("bfloat", [False, True])
 def test_window_and_softcap(bfloat: bool) -> None:
     check(Form(128, 4, 64, bfloat, True), 2, [3000, 200, 5], window=333, softcap=20.0)
@@ -77,7 +87,7 @@ def test_a_graph_sees_lengths_grow() -> None:
     for i in range(60, 70):
         cache.append(1, sequences, x[:, :, i : i + 1], -x[:, :, i : i + 1])
         graph.replay()
-        want = expected(query, cache, sequences, 0.125, None, None)
+        want, _ = expected(query, cache, sequences, 0.125, None, None)
         assert (out.double() - want).norm() <= 1e-3 * want.norm()
 
 

@@ -7,8 +7,10 @@ import torch
 
 from qoqlab import load_text, load_tiny, quantize, runtime, tokens
 from qoqlab.attention import Mode
-from qoqlab.cached_attention import Batch, batch_of
+from qoqlab.cached_attention import IDLE, Batch, batch_of
 from qoqlab.engine import Engine
+from qoqlab.hf import KV4Cache
+from qoqlab.kv import KVFormat
 from qoqlab.pipeline import QuantizedModel
 
 from ..families import cast_parameters
@@ -54,18 +56,48 @@ def test_prompts_are_those_of_runtime_mode(bundled) -> None:
     engine.free(sequences)
 
 
-def test_tokens_of_the_kernels_and_of_the_reference(bundled) -> None:
-    """Greedy, several prompts at once; where the tokens differ the reference's two best are close."""
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Median relative distance of logits."""
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median())
+
+
+def three_ways(result: QuantizedModel, prompts: list[torch.Tensor], said: list[list[int]], limits: tuple) -> tuple:
+    """Logits ``[steps, B, V]`` of the kernels, of the same engine on the reference, and of transformers in runtime mode, all
+    fed with the same tokens."""
+    rows = []
+    with torch.no_grad(), runtime.mode(result.model, Mode.RUNTIME):
+        for prompt, new in zip(prompts, said, strict=True):
+            cache, ids, found = KV4Cache(KVFormat()), prompt[None].cuda(), []
+            for token in new:
+                found.append(result.model(ids, past_key_values=cache, use_cache=True).logits[0, -1].float())
+                ids = torch.tensor([[token]], device="cuda")
+            rows.append(torch.stack(found))
+    fast, plain = pair(result, "cuda", torch.float16, limits)
+    return forced(fast, prompts, said), forced(plain, prompts, said), torch.stack(rows, 1)
+
+
+def test_greedy_tokens_are_those_of_runtime_mode(bundled) -> None:
+    """Several prompts at once. Where fp16 rounds differently a code falls to its neighbour, and all that follows moves: how
+    far two references are apart is measured; where the two best tokens are further apart, they are the same."""
     result, prompts = bundled
-    fast, plain = pair(result, "cuda", torch.float16, (4, 512))
+    fast = runtime.compile(result, "cuda", 4, 512)
     said = fast.generate(prompts, STEPS)
-    got, want = forced(fast, prompts, said), forced(plain, prompts, said)
-    errors = (got - want).norm(dim=-1) / want.norm(dim=-1)
-    assert errors.median() <= 0.02
+    got, plain, want = three_ways(result, prompts, said, (4, 512))
+    assert distance(got, want) <= 1.2 * distance(plain, want)
+    noise = (plain - want).abs().amax(-1).median()
     best = want.topk(2).values
-    sure = best[..., 0] - best[..., 1] > 2 * (got - want).abs().amax(-1)
-    assert torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure]) and sure.float().mean() > 0.8
+    sure = best[..., 0] - best[..., 1] > 3 * noise
+    assert torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure]) and sure.float().mean() > 0.3
     assert fast.generate(prompts, STEPS) == said  # repeats bit for bit
+
+
+def test_the_first_token_after_a_short_prompt(bundled) -> None:
+    """Little past, so the token itself weighs most: seen quantised it would put logits twice as far from runtime mode as
+    rounding does (3.1 % against 1.6 %, on a CPU)."""
+    result, prompts = bundled
+    short = [prompts[i % 3][: 1 + i // 3] for i in range(9)]
+    got, plain, want = three_ways(result, short, [[5 + i, 6] for i in range(9)], (9, 64))
+    assert distance(got[1], want[1]) <= 1.4 * distance(plain[1], want[1])
 
 
 def test_captured_steps_equal_plain_ones(bundled) -> None:
@@ -79,7 +111,7 @@ def test_captured_steps_equal_plain_ones(bundled) -> None:
         with torch.no_grad():
             batch = batch_of(sequences, [1] * 3, starts, engine.device)
             # the same rows as the captured step of four, whose last row is idle
-            idle = (batch.positions, 0), (batch.slots, engine.attend.idle)
+            idle = (batch.positions, IDLE), (batch.slots, engine.attend.idle)
             four = Batch(*(torch.cat([t, t.new_tensor([end])]) for t, end in idle))
             plain = engine._logits(*engine._hidden(torch.cat([ids, ids.new_zeros(1)]), four, prompt=False))[:3]
         assert torch.equal(engine.decode(sequences, ids), plain)

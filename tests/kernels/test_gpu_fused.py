@@ -16,6 +16,8 @@ from qoqlab.attention import Mode
 from qoqlab.grids import INT8, Zero
 from qoqlab.runtime import QuantLinear
 
+from .joined import own_operands
+
 HERE = torch.cuda.is_available()
 CAPABILITY = torch.cuda.get_device_capability() if HERE else (0, 0)
 pytestmark = [
@@ -158,6 +160,8 @@ def test_the_operators_registrations_are_sound() -> None:
     torch.library.opcheck(torch.ops.qoqlab.rms_norm_s8.default, (x, weight, 1e-5))
     torch.library.opcheck(torch.ops.qoqlab.add_rms_norm_s8.default, (x, x, weight, 1e-5))
     torch.library.opcheck(torch.ops.qoqlab.silu_mul_s8.default, (x[:, :64],))
+    operands = own_operands(5, 4, 2, 64, torch.float16, "cuda")
+    torch.library.opcheck(torch.ops.qoqlab.attend_own_s8.default, (*operands, 0.125, None))
 
 
 # -- RoPE and the cache ---------------------------------------------------------------------------------------------------
@@ -187,9 +191,9 @@ def test_a_prompt_then_steps_in_a_graph(dim: int, heads: int, kv_heads: int, dty
     for n, count in zip(numbers_, lengths, strict=True):
         x, places = tokens(count, n), torch.arange(count, dtype=torch.int32, device="cuda")
         cache.reserve([n], count + steps + 1)
-        q = qk.rope_kv4_append(cache, 1, torch.full_like(places, n), x.flatten(1), cos, sin, places)
+        q, k = qk.rope_kv4_append(cache, 1, torch.full_like(places, n), x.flatten(1), cos, sin, places)
         y = turned(x, places)
-        assert torch.equal(q, y[:, :heads])
+        assert torch.equal(q, y[:, :heads]) and torch.equal(k, y[:, heads:])
         kept[n] += zip(y[:, heads:], x[:, heads + kv_heads :], strict=True)
         cache.lengths[1, n] = count
         cache._length[n] = [0, count]
@@ -199,14 +203,15 @@ def test_a_prompt_then_steps_in_a_graph(dim: int, heads: int, kv_heads: int, dty
     cache.lengths[1] -= torch.tensor([1, 1, 1, 0], dtype=torch.int32, device="cuda")  # and is undone
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        q = qk.rope_kv4_append(cache, 1, slots, x.flatten(1), cos, sin)
+        q, k = qk.rope_kv4_append(cache, 1, slots, x.flatten(1), cos, sin)
     for step in range(steps):
         x.copy_(tokens(len(lengths), 10 + step))
         places = cache.lengths[1, slots.long()].clone()
         q.fill_(torch.nan)
+        k.fill_(torch.nan)
         graph.replay()
         y = turned(x, places)
-        assert torch.equal(q, y[:, :heads])
+        assert torch.equal(q, y[:, :heads]) and torch.equal(k, y[:, heads:])
         for i, n in enumerate(numbers_):
             kept[n].append((y[i, heads:], x[i, heads + kv_heads :].clone()))
     assert cache.lengths[1].tolist() == [*(count + steps for count in lengths), 0] and not cache.lengths[0].any()
@@ -217,6 +222,26 @@ def test_a_prompt_then_steps_in_a_graph(dim: int, heads: int, kv_heads: int, dty
             for name, value in vars(want).items():
                 assert torch.equal(getattr(mine, name), value), name
     assert not cache.pool[0].any()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "heads", "kv_heads", "dim"),
+    [(1, 32, 8, 128), (64, 32, 32, 128), (300, 32, 8, 128), (9, 3, 1, 64), (5, 16, 1, 64), (2, 96, 8, 128), (7, 9, 3, 128)],
+)
+def test_a_token_joins_its_past(
+    m: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, softcap: float | None
+) -> None:
+    operands = own_operands(m, heads, kv_heads, dim, dtype, "cuda")
+    want = reference.attend_own_s8(*operands, softcap=softcap)
+    got = [qk.attend_own_s8(*operands, softcap=softcap) for _ in range(3)]
+    assert all(same(each, want) for each in got)
+    on_cpu = reference.attend_own_s8(*(x.cpu() for x in operands), softcap=softcap)
+    assert torch.equal(on_cpu.codes, want.codes.cpu()) and torch.equal(on_cpu.scales, want.scales.cpu())
+    value = operands[4][0].repeat_interleave(heads // kv_heads, 0).flatten()
+    assert torch.equal(got[0].codes[0], affine.quantize_per_token_s8(value).codes)  # which has no past
 
 
 # -- layers ---------------------------------------------------------------------------------------------------------------

@@ -43,11 +43,38 @@ def test_where_the_input_lies_does_not_matter(simulator: Simulator, how: str) ->
 def test_rope_and_append(simulator: Simulator, dim: int, heads: int, kv_heads: int, dtype: str, stepwise: bool) -> None:
     """One and two heads a warp; more heads than threads take at once; pages that begin and end."""
     same = simulator("rope_case", dim=dim, heads=heads, kv_heads=kv_heads, dtype=dtype, stepwise=stepwise)
-    assert same == {"queries": True, "cache": True, "lengths": True}
+    assert same == {"queries": True, "keys": True, "cache": True, "lengths": True}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "options"),
+    [(64, 3, 3, {}), (64, 16, 1, {"scale": 0.3}), (128, 4, 2, {"softcap": 2.0}), (128, 9, 3, {"threads": 64})],
+)
+def test_a_token_joins_its_past(
+    simulator: Simulator, dim: int, heads: int, kv_heads: int, options: dict, dtype: str
+) -> None:
+    """Half a unit of inputs to fill up; one to 16 query heads a key; up to three pieces a thread; a ninth token."""
+    m = 9 if heads == 3 else 5
+    same = simulator("own_case", m=m, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, **options)
+    assert same == {"equal": True, "value": True}
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("lanes do not meet", "half of the lanes", "sign of the difference"),
+        *("weights that do not add up", "quotients of the codes"),
+    ],
+)
+def test_changed_kernels_are_noticed(simulator: Simulator, what: str) -> None:
+    assert simulator("own_mutant_case", what="nothing")["equal"]
+    assert not simulator("own_mutant_case", what=what)["equal"]
 
 
 def test_under_torch_compile(simulator: Simulator) -> None:
     assert simulator("compiled_fused_case", m=2, k=64) == {"equal": [True] * 4}
+    assert simulator("compiled_own_case") == {"equal": True}
 
 
 RULES = {
@@ -94,4 +121,31 @@ def test_bad_input_is_named(simulator: Simulator) -> None:
     raised = simulator("fused_errors")
     assert set(raised) == set(RULES)
     for name, (kind, text) in RULES.items():
+        assert raised[name] and raised[name][0] == kind and raised[name][1].startswith(text), (name, raised[name])
+
+
+OWN_RULES = {
+    "seen: a list": ("TypeError", "seen: expected a torch.Tensor, got list"),
+    "seen: fp32": ("TypeError", "seen: expected fp16 or bf16, as seen, got torch.float32"),
+    "seen: flat": ("ValueError", "seen: expected [M, heads, D] on cpu, got shape 2x256 on cpu"),
+    "seen: D = 32": ("ValueError", "seen: expected a head_dim of 64 or 128, got shape 2x4x32"),
+    "query: bf16": ("TypeError", "query: expected fp16 or bf16, as seen, got torch.bfloat16"),
+    "query: other heads": ("ValueError", "query: 2x2x64 does not have seen's shape 2x4x64"),
+    "lse: a list": ("TypeError", "lse: expected a torch.Tensor, got list"),
+    "lse: fp16": ("ValueError", "lse: expected fp32 [2, 4] on cpu, got torch.float16 of shape 2x4"),
+    "lse: other tokens": ("ValueError", "lse: expected fp32 [2, 4] on cpu, got torch.float32 of shape 1x4"),
+    "key: other tokens": ("ValueError", "key: expected [2, Hkv, 64] with Hkv a divisor of 4, got 1x2x64"),
+    "key: 3 heads": ("ValueError", "key: expected [2, Hkv, 64] with Hkv a divisor of 4, got 2x3x64"),
+    "value: one head": ("ValueError", "value: expected [2, 2, 64], as key, got 2x1x64"),
+    "value: elsewhere": ("ValueError", "value: expected [M, heads, D] on cpu, got shape 2x2x64 on meta"),
+    "scale: 0": ("ValueError", "scale: expected a positive number or None, got 0"),
+    "softcap: NaN": ("ValueError", "softcap: expected a positive number or None, got nan"),
+    "everything elsewhere": ("ValueError", "seen: on meta; the CUDA simulator works on CPU tensors"),
+}
+
+
+def test_bad_input_of_attend_own_is_named(simulator: Simulator) -> None:
+    raised = simulator("own_errors")
+    assert set(raised) == set(OWN_RULES)
+    for name, (kind, text) in OWN_RULES.items():
         assert raised[name] and raised[name][0] == kind and raised[name][1].startswith(text), (name, raised[name])
