@@ -1,13 +1,15 @@
-"""Everything that the kernels need a GPU for, in one command of at most about eight minutes.
+"""Everything that the kernels need a GPU for, in one command.
 
     python kernels/session.py --out RESULTS [--seconds 480] [--only smoke,bench] [--commit HASH]
 
-smoke       every version, format and tile against the exact reference
+smoke       every version, format and tile of the GEMM against the exact reference; the other kernels on small cases
 memcheck    compute-sanitizer on small cases: accesses out of bounds, misaligned
 racecheck   compute-sanitizer on small cases: hazards in shared memory. It does not see that an mbarrier orders a bulk copy
             before the reads that wait for it, so hazards whose write is a bulk copy (UBLKCP) are counted and passed over
 tune        the fastest plans for the four layers -> RESULTS/tuned.json
 bench       the benchmark, with these plans -> RESULTS/gemm.json
+kv4_decode, elementwise, decode
+            the other benchmarks -> RESULTS/<step>.json
 ncu         Nsight Compute on two kernels -> RESULTS/ncu.txt
 
 Each step is a process of its own with a time limit, its output in RESULTS/<step>.txt; a step that fails or runs out of time
@@ -40,8 +42,19 @@ if not hasattr(numpy, "row_stack"):  # numba-cuda 0.30 asks for it at import; Nu
 
 #: What a case's line in a log starts with; the kernel's file follows.
 CASE = "case "
+BENCHMARKS = ("bench", "kv4_decode", "elementwise", "decode")
 #: Step -> seconds it may take.
-STEPS = {"smoke": 90, "memcheck": 90, "racecheck": 90, "tune": 170, "bench": 150, "ncu": 60}
+STEPS = {
+    "smoke": 90,
+    "memcheck": 90,
+    "racecheck": 120,
+    "tune": 170,
+    "bench": 150,
+    "kv4_decode": 120,
+    "elementwise": 60,
+    "decode": 150,
+    "ncu": 60,
+}
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
 
 
@@ -81,12 +94,13 @@ def smoke_cases(small: bool = False) -> list[tuple]:
         for cluster, stages, workers in ((1, deepest, 4), (2, deepest, 3), (4, min(deepest, 5), 2)):
             case = Case(2 * tokens + 3, *(shape if small else (1056, 1152)), "g128")
             found.append((case, Plan("v5", tokens, 2, stages, cluster, workers)))
-        for split, warpgroups in ((2, 2), (4, 1), (4, 2), (8, 2)):
+        for split, warpgroups in ((1, 3), (1, 4), (2, 2), (2, 3), (2, 4), (4, 1), (4, 2), (8, 2)):
             deepest = gemm.stages_that_fit(tokens, warpgroups, gemm.Form(1).unit, split=split)
-            if deepest >= 2 and (warpgroups == 2 or tokens <= 64):
+            if deepest >= 2 and (tokens < 128 or (tokens, warpgroups) in gemm.REGISTERS):
                 case = Case(2 * tokens + 3, *(shape if small else (1056, 1152)), "g128")
                 if case.k // 128 >= split:
-                    found.append((case, Plan("v5", tokens, warpgroups, min(deepest, 3), split=split)))
+                    workers = 5 if split == 1 else 1
+                    found.append((case, Plan("v5", tokens, warpgroups, min(deepest, 3), workers=workers, split=split)))
     return found
 
 
@@ -127,6 +141,53 @@ def check_cases(pairs: Sequence[tuple]) -> None:
         raise SystemExit("\n".join(failures[:40]))
 
 
+def check_rest() -> None:
+    """Attention and the kernels between the GEMMs on small cases; raises SystemExit with what was wrong."""
+    import qoqlab_kernels as qk
+    import torch
+    from qoqlab_kernels import attention, launch, measure
+    from qoqlab_kernels.bench_elementwise import same
+
+    from qoqlab import reference
+
+    capability, failures = measure.require_gpu(), []
+    for dim, group, dtype in ((64, 1, torch.float16), (128, 4, torch.float16), (128, 12, torch.bfloat16)):
+        cache = qk.PagedKV4(1, 2, dim, 8, device="cuda")
+        sequences = [cache.open() for _ in range(3)]
+        for sequence, tokens in zip(sequences, (1, 70, 130), strict=True):
+            cache.append(0, [sequence], *torch.randn(2, 1, 2, tokens, dim, device="cuda"))
+        query = torch.randn(3, 2 * group, dim, device="cuda", dtype=dtype)
+        rows = [[t[None] for t in cache.gather(0, s)] for s in sequences]
+        want = torch.cat([reference.kv4_attention(query[i : i + 1].float(), *kv) for i, kv in enumerate(rows)])
+        for version in attention.VERSIONS:
+            os.environ[attention.OVERRIDE] = version
+            form = attention.Form(dim, group, cache.page_size, dtype == torch.bfloat16, lse=True)
+            plan = attention.attention_plan(form, query.device)
+            path = launch.binary_path(attention.VERSIONS[version], plan.constants(form), capability)
+            print(f"{CASE}{path} {form} {plan}", flush=True)
+            got, _ = qk.kv4_attention(query, cache, 0, sequences, lse=True)
+            error = float((got.float() - want).norm() / want.norm())
+            if not error <= (1e-3 if dtype == torch.float16 else 5e-3):
+                failures.append(f"{form} {plan}: relative error {error}")
+        del os.environ[attention.OVERRIDE]
+    print(f"{CASE}- between the GEMMs", flush=True)
+    for m, k in ((3, 160), (17, 4096)):
+        x, other = torch.randn(2, m, k, device="cuda", dtype=torch.float16)
+        weight = torch.randn(k, device="cuda", dtype=torch.float16)
+        checks = {
+            "rms_norm_s8": same(qk.rms_norm_s8(x, weight, 1e-5), reference.rms_norm_s8(x, weight, 1e-5)),
+            "add_rms_norm_s8": same(
+                qk.add_rms_norm_s8(x, other, weight, 1e-5), reference.add_rms_norm_s8(x, other, weight, 1e-5)
+            ),
+            "silu_mul_s8": same(qk.silu_mul_s8(torch.cat([x, other], 1)), reference.silu_mul_s8(torch.cat([x, other], 1))),
+        }
+        failures += [f"{name} {m}x{k}: not the reference's bits" for name, right in checks.items() if not right]
+    torch.cuda.synchronize()
+    print(f"the other kernels, {len(failures)} failures")
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
 def profile() -> None:
     """One launch for few tokens and one for many, for Nsight Compute."""
     import torch
@@ -140,6 +201,15 @@ def profile() -> None:
         torch.cuda.synchronize()
 
 
+def listing(path: str) -> dict[int, str]:
+    """Address -> instruction of a compiled kernel; nothing for the path "-"."""
+    if path == "-":
+        return {}
+    words = ["nvdisasm", "--print-code", path]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return {int(at, 16): instruction for at, instruction in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", text)}
+
+
 def races(log: str) -> list[str]:
     """The hazards in a log of racecheck whose write is not a bulk copy."""
     found: list[str] = []
@@ -147,9 +217,7 @@ def races(log: str) -> list[str]:
     for line in log.splitlines():
         if line.startswith(CASE):
             case = line.removeprefix(CASE)
-            words = ["nvdisasm", "--print-code", case.split()[0]]
-            listing = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-            code = {int(at, 16): text for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing)}
+            code = listing(case.split()[0])
         for at in re.findall(r"Write access at .*\+0x([0-9a-f]+)", line):
             text = code.get(int(at, 16), "no instruction")
             if "UBLKCP" not in text:
@@ -164,12 +232,13 @@ def run_step(step: str, out: Path, commit: str) -> int:
 
     if step in ("smoke", "small"):
         pairs = smoke_cases(small=True) + ([] if step == "small" else smoke_cases())
-        return measure.guarded("session.py", lambda: check_cases(pairs))
+        return measure.guarded("session.py", lambda: (check_cases(pairs), check_rest())[0])
     if step == "profile":
         return measure.guarded("session.py", profile)
     if step == "tune":
         return tune.main(["--budget", str(STEPS["tune"] - 30), "--ship", str(out / "tuned.json")])
-    return bench.main(["gemm", "--json", str(out / "gemm.json"), *(["--commit", commit] if commit else [])])
+    what = "gemm" if step == "bench" else step
+    return bench.main([what, "--json", str(out / f"{what}.json"), *(["--commit", commit] if commit else [])])
 
 
 def run_limited(words: Sequence[str], to: IO[str], limit: float) -> str:
@@ -210,7 +279,7 @@ def run_all(steps: Sequence[str], out: Path, seconds: float, commit: str) -> int
                     *others[:9],
                 ]
                 result = "failed" if others else "ok"
-            print(f"-- {step}\n" + "\n".join(lines[-60:] if step == "bench" else lines[-15:]), flush=True)
+            print(f"-- {step}\n" + "\n".join(lines[-60:] if step in BENCHMARKS else lines[-15:]), flush=True)
         rows.append((step, f"{time.monotonic() - start:.0f} s", result))
     print("\n" + "\n".join(f"{step:10} {took:>6}  {result}" for step, took, result in rows), flush=True)
     return 0 if all(result == "ok" for _, _, result in rows) else 1
@@ -220,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=900.0, help="for everything together")
     parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
     parser.add_argument("--step", help=argparse.SUPPRESS)

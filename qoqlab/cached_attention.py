@@ -67,6 +67,9 @@ def batch_of(sequences: Sequence[int], counts: Sequence[int], starts: Sequence[i
 class Attention(Protocol):
     """Attention with a cache. ``qkv [M, (Hq + 2 Hkv) D]``; results ``[M, Hq D]`` are quantised, as in `arithmetic.Ops`."""
 
+    #: The sequence of a captured step's rows that have nothing to do; None where steps cannot be captured.
+    idle: int | None
+
     def open(self) -> int:
         """A new, empty sequence."""
 
@@ -99,6 +102,8 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: 
 
 class ReferenceAttention:
     """`Attention` in plain torch, sequence by sequence."""
+
+    idle: int | None = None
 
     def __init__(
         self,

@@ -302,7 +302,7 @@ class Engine:
         self.attend.reserve(sequences, [start + 1 for start in starts])
         batch = batch_of(sequences, [1] * len(starts), starts, self.device)
         ids = ids.to(self.device).long()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.attend.idle is not None:
             logits = self._captured(len(sequences))(ids, batch)
         else:
             logits = self._logits(*self._hidden(ids, batch, prompt=False))
@@ -315,9 +315,9 @@ class Engine:
         """The captured step for at least ``count`` sequences."""
         size = 1 << (count - 1).bit_length()
         if size not in self._steps:
-            idle = int(self.attend.idle)  # type: ignore[attr-defined]
+            assert self.attend.idle is not None
             self._steps[size] = Step(
-                lambda ids, batch: self._logits(*self._hidden(ids, batch, prompt=False)), size, idle, self.device
+                lambda ids, batch: self._logits(*self._hidden(ids, batch, prompt=False)), size, self.attend.idle, self.device
             )
         return self._steps[size]
 

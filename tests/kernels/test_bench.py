@@ -336,25 +336,28 @@ def test_a_session_runs_every_step_once_and_within_its_time(tmp_path):
     assert found.returncode == 1
     steps = [line.split(maxsplit=3) for line in found.stdout.splitlines() if line]
     assert [(step[0], step[-1]) for step in steps] == [
-        (name, "no time left") for name in ("smoke", "memcheck", "racecheck", "tune", "bench", "ncu")
+        (name, "no time left")
+        for name in ("smoke", "memcheck", "racecheck", "tune", "bench", "kv4_decode", "elementwise", "decode", "ncu")
     ]
 
 
 def test_a_session_refuses_steps_it_does_not_have(tmp_path):
     found = run(str(SESSION), "--out", str(tmp_path), "--only", "smoke,dance")
     assert found.returncode == 2
-    assert "steps are smoke, memcheck, racecheck, tune, bench, ncu" in found.stderr
+    assert "steps are smoke, memcheck, racecheck, tune, bench, kv4_decode" in found.stderr
 
 
 SMOKE = """
 import sys; sys.path.insert(0, sys.argv[1])
 import session
 from qoqlab_kernels import cases
+from qoqlab_kernels.gemm import REGISTERS
 from qoqlab_kernels.plan import TOKENS
 pairs = session.smoke_cases()
 assert {(p.version, c.format) for c, p in pairs} >= {(v, f) for v in ("v1", "v2", "v3", "v4", "v5") for f in cases.FORMATS}
 assert {(p.tokens, p.cluster) for c, p in pairs if p.version == "v5"} >= {(t, c) for t in TOKENS["v5"] for c in (1, 2, 4)}
 assert {(p.tokens, p.split) for c, p in pairs} >= {(t, s) for t in (8, 16, 32, 64) for s in (1, 2, 4, 8)}
+assert {(p.tokens, p.warpgroups) for c, p in pairs if p.version == "v5"} >= {(64, 4), *REGISTERS}
 assert all(c.fits for c, p in pairs + session.smoke_cases(small=True))
 shared = [p.workers > 1 and p.tiles(c.m, c.n)[0] * p.tiles(c.m, c.n)[1] * (c.k // 128) % p.workers for c, p in pairs]
 assert any(shared)
