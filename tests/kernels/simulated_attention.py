@@ -104,5 +104,9 @@ def attention_errors() -> dict:
         "window: 1.5": call(window=1.5),
     }
     found = {name: message_of(call) for name, call in calls.items()}
+    wide = qk.PagedKV8(1, 2, 64, 4)
     with mock.patch.dict(os.environ, {attention.OVERRIDE: "v5"}):
-        return found | {"version: v5": message_of(call())}
+        found["version: v5"] = message_of(call())
+    with mock.patch.dict(os.environ, {attention.OVERRIDE: "v4"}):
+        found["version: v4 on 8 bits"] = message_of(call(c=wide, which=[wide.open()]))
+    return found

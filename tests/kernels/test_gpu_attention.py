@@ -59,6 +59,12 @@ def test_the_ladder(version: str, form: Form, options: dict) -> None:
     check(form, 2, [1, 100, 0, 333, 64, 4097], AttentionPlan(version), **options)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("dim", "group", "bfloat"), [(128, 4, False), (64, 7, True), (128, 1, False)])
+def test_pages_of_8_and_16_bits(dim: int, group: int, bfloat: bool, bits: int) -> None:
+    check(Form(dim, group, 64, bfloat, lse=True, bits=bits), 3, [1, 0, 63, 64, 65, 1000, 5000])
+
+
 def test_the_override(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, (s,) = filled(Form(128, 4), 2, [1000], device="cuda")
     query = torch.randn(1, 8, 128, device="cuda").half()

@@ -66,6 +66,19 @@ def test_softcap_scale_and_bf16(simulator: Simulator, plan: dict) -> None:
     check(simulator, plan, form(64, 3, softcap=True, bfloat=True), [20], softcap=2.0, scale=0.5)
 
 
+@pytest.mark.parametrize(
+    ("bits", "form_", "options"),
+    [
+        (8, form(64, 3), {}),
+        (8, form(128, 2, 64, bfloat=True, softcap=True), {"softcap": 3.0}),
+        (16, form(64, 2), {"window": 17}),
+        (16, form(128, 1, 32), {}),
+    ],
+)
+def test_pages_of_8_and_16_bits(simulator: Simulator, bits: int, form_: dict, options: dict) -> None:
+    check(simulator, LADDER[1], form_ | {"bits": bits}, [0, 33, 7], kv_heads=2, **options)
+
+
 def test_softcap_in_fp16(simulator: Simulator) -> None:
     check(simulator, V4, form(64, 3, softcap=True), [20], softcap=2.0, scale=0.5)
 
@@ -141,7 +154,7 @@ def test_public_function(simulator: Simulator, options: dict) -> None:
 
 
 MESSAGES = {
-    "cache: a tensor": ["TypeError", "cache: expected a PagedKV4, got Tensor"],
+    "cache: a tensor": ["TypeError", "cache: expected a PagedKV4, PagedKV8 or PagedKV16, got Tensor"],
     "query: a list": ["TypeError", "query: expected a torch.Tensor, got list"],
     "query: fp32": ["TypeError", "query: expected fp16 or bf16, got torch.float32"],
     "query: two dimensions": ["ValueError", "query: expected [1, Hq, 64], got 4x64"],
@@ -158,7 +171,8 @@ MESSAGES = {
     "softcap: negative": ["ValueError", "softcap: expected a positive number or None, got -1.0"],
     "window: 0": ["ValueError", "window: expected a positive integer, got 0"],
     "window: 1.5": ["ValueError", "window: expected a positive integer, got 1.5"],
-    "version: v5": ["ValueError", "QOQLAB_ATTENTION: 'v5' is not one of v1, v2, v3, v4"],
+    "version: v5": ["ValueError", "QOQLAB_ATTENTION: 'v5' is not one of v1, v2, v3, v4 for pages of 4 bits"],
+    "version: v4 on 8 bits": ["ValueError", "QOQLAB_ATTENTION: 'v4' is not one of v2 for pages of 8 bits"],
 }
 
 
