@@ -9,7 +9,7 @@ simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 """
 
 from .attention import kv4_attention
-from .cache import PagedKV4
+from .cache import PagedKV4, PagedKV8, PagedKV16
 from .fused import add_rms_norm, add_rms_norm_s8, attend_own_s8, rms_norm, rms_norm_s8, rope_kv4_append, silu_mul_s8
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
@@ -20,6 +20,8 @@ __all__ = [
     "Activations",
     "PackedWeight",
     "PagedKV4",
+    "PagedKV8",
+    "PagedKV16",
     "Plan",
     "add_rms_norm",
     "add_rms_norm_s8",

@@ -14,7 +14,7 @@ import torch
 from qoqlab.checks import require_count, require_positive, require_tensor, shape_of
 
 from . import kv4, kv4_ladder, matmul, ptx
-from .cache import PagedKV4
+from .cache import PagedKV
 from .kv4 import LOG2_E, Form, Ring
 
 #: Overrides the version, for lessons and tests: ``QOQLAB_ATTENTION=v2``.
@@ -72,11 +72,12 @@ def _plan(form: Form, index: int) -> AttentionPlan:
 
 
 def attention_plan(form: Form, device: torch.device) -> AttentionPlan:
-    """How attention runs on a device: by v4, or what the override says (ValueError if there is no such version). Small under
-    the simulator: three blocks, so that heads are shared."""
-    chosen = os.environ.get(OVERRIDE, "v4")
-    if chosen not in VERSIONS:
-        raise ValueError(f"{OVERRIDE}: {chosen!r} is not one of {', '.join(VERSIONS)}")
+    """How attention runs on a device: by v4, or v2 where pages are not of 4 bits, or what the override says (ValueError if
+    there is no such version). Small under the simulator: three blocks, so that heads are shared."""
+    known = list(VERSIONS) if form.bits == 4 else ["v2"]
+    chosen = os.environ.get(OVERRIDE, known[-1])
+    if chosen not in known:
+        raise ValueError(f"{OVERRIDE}: {chosen!r} is not one of {', '.join(known)} for pages of {form.bits} bits")
     if chosen != "v4":
         return AttentionPlan(chosen)
     if ptx.SIMULATED:
@@ -89,7 +90,7 @@ def _bits(value: float) -> int:
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
-def _slots(cache: PagedKV4, sequences: Sequence[int] | torch.Tensor) -> torch.Tensor:
+def _slots(cache: PagedKV, sequences: Sequence[int] | torch.Tensor) -> torch.Tensor:
     if isinstance(sequences, torch.Tensor):
         if sequences.dtype != torch.int32 or sequences.ndim != 1 or sequences.device != cache.pool.device:
             raise ValueError(
@@ -106,7 +107,7 @@ def _slots(cache: PagedKV4, sequences: Sequence[int] | torch.Tensor) -> torch.Te
 @overload
 def kv4_attention(
     query: torch.Tensor,
-    cache: PagedKV4,
+    cache: PagedKV,
     layer: int,
     sequences: Sequence[int] | torch.Tensor,
     scale: float | None = None,
@@ -119,7 +120,7 @@ def kv4_attention(
 @overload
 def kv4_attention(
     query: torch.Tensor,
-    cache: PagedKV4,
+    cache: PagedKV,
     layer: int,
     sequences: Sequence[int] | torch.Tensor,
     scale: float | None = None,
@@ -132,7 +133,7 @@ def kv4_attention(
 
 def kv4_attention(
     query: torch.Tensor,
-    cache: PagedKV4,
+    cache: PagedKV,
     layer: int,
     sequences: Sequence[int] | torch.Tensor,
     scale: float | None = None,
@@ -154,8 +155,8 @@ def kv4_attention(
 
     Raises TypeError or ValueError naming the argument; RuntimeError on GPUs below compute capability 8.0.
     """
-    if not isinstance(cache, PagedKV4):
-        raise TypeError(f"cache: expected a PagedKV4, got {type(cache).__name__}")
+    if not isinstance(cache, PagedKV):
+        raise TypeError(f"cache: expected a PagedKV4, PagedKV8 or PagedKV16, got {type(cache).__name__}")
     require_tensor("query", query)
     if query.dtype not in DTYPES:
         raise TypeError(f"query: expected fp16 or bf16, got {query.dtype}")
@@ -180,7 +181,8 @@ def kv4_attention(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     sums = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse else None
     if len(slots):
-        form = Form(cache.head_dim, group, cache.page_size, query.dtype == torch.bfloat16, softcap is not None, lse)
+        bfloat, bits = query.dtype == torch.bfloat16, cache.layout.bits
+        form = Form(cache.head_dim, group, cache.page_size, bfloat, softcap is not None, lse, bits)
         scale = cache.head_dim**-0.5 if scale is None else scale
         run(attention_plan(form, query.device), form, query, cache, layer, slots, (out, sums), (scale, window or 0, softcap))
     return out if sums is None else (out, sums)
@@ -190,7 +192,7 @@ def run(
     plan: AttentionPlan,
     form: Form,
     query: torch.Tensor,
-    cache: PagedKV4,
+    cache: PagedKV,
     layer: int,
     slots: torch.Tensor,
     results: tuple[torch.Tensor, torch.Tensor | None],

@@ -1,23 +1,30 @@
-"""The paged KV4 cache: 4-bit keys and values with one scale and zero per token and head (paper sections 4.2 and 5.3)."""
+"""Paged KV caches: 4-bit keys and values with one scale and zero per token and head (paper sections 4.2 and 5.3), and, for
+comparison, the same with 8 bits and with fp16 numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from qoqlab.checks import require_count, require_float, shape_of
-from qoqlab.kv import QuantizedKV, quantize_kv4
+from qoqlab.checks import require_count, require_finite, require_float, shape_of
+from qoqlab.grids import UINT4, UINT8, Grid
+from qoqlab.kv import QuantizedKV, quantize_kv
 
 from .allocator import PageAllocator
-from .pages import ChunkLayout, byte_tables, pack_token_codes, unpack_token_codes
+from .pages import ChunkLayout, byte_tables, token_bytes, token_numbers
+
+#: Keys or values as a page holds them: codes with their scales and zeros, or fp16 numbers.
+Stored = QuantizedKV | torch.Tensor
 
 
-class PagedKV4:
+class PagedKV:
     """KV cache of ``layers`` x ``kv_heads``, in ``pages`` pages of ``page_size`` tokens that sequences take as they grow.
 
-    ``head_dim`` 64 or 128; ``page_size`` 16, 32, 64 or 128. ``sequences``: how many may be open at a time; ``max_tokens`` of
-    one sequence (default: all pages). ``device``: where the cache lies.
+    `PagedKV4`, `PagedKV8` and `PagedKV16` say what a page holds. ``head_dim`` 64 or 128; ``page_size`` 16, 32, 64 or 128.
+    ``sequences``: how many may be open at a time; ``max_tokens`` of one sequence (default: all pages). ``device``: where the
+    cache lies.
 
     ``pool`` uint8 [layers, pages, kv_heads, bytes of a chunk] is one allocation, see `pages.ChunkLayout`. A page number
     stands for that page of every layer. ``tables`` int32 [sequences, pages of a sequence] and ``lengths`` int32
@@ -27,13 +34,10 @@ class PagedKV4:
     A sequence is a small number, from `open`. Each layer appends on its own; its length is what attention there sees.
 
     Raises ValueError naming the argument for sizes that are not possible.
-
-    >>> cache = PagedKV4(layers=1, kv_heads=2, head_dim=64, pages=4)
-    >>> s = cache.open()
-    >>> cache.append(0, [s], torch.ones(1, 2, 70, 64), torch.zeros(1, 2, 70, 64))
-    >>> cache.length(0, s), cache.allocator.free, cache.gather(0, s)[0].shape
-    (70, 2, torch.Size([2, 70, 64]))
     """
+
+    #: Grid of the codes; None: fp16 numbers as they are.
+    grid: Grid | None
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class PagedKV4:
     ) -> None:
         for name, value in (("layers", layers), ("kv_heads", kv_heads), ("pages", pages), ("sequences", sequences)):
             require_count(name, value, 1)
-        self.layout = ChunkLayout(head_dim, page_size)
+        self.layout = ChunkLayout(head_dim, page_size, 16 if self.grid is None else self.grid.bits)
         if max_tokens is not None:
             require_count("max_tokens", max_tokens, 1)
         self.layers, self.kv_heads, self.pages, self.sequences = layers, kv_heads, pages, sequences
@@ -169,7 +173,7 @@ class PagedKV4:
     def append(self, layer: int, sequences: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Quantise keys (after RoPE) and values float ``[B, kv_heads, T, D]`` of ``B`` different sequences and add them.
 
-        Codes, scales and zeros are those of `qoqlab.kv.quantize_kv4`. Raises TypeError or ValueError naming the argument for
+        Codes, scales and zeros are those of `qoqlab.kv.quantize_kv`. Raises TypeError or ValueError naming the argument for
         wrong shapes, NaN, sequences that are not open or named twice; `PagesExhausted`, having changed nothing.
         """
         self._layer(layer)
@@ -186,18 +190,27 @@ class PagedKV4:
                 )
         if keys.shape != values.shape:
             raise ValueError(f"values: {shape_of(values)} does not have the keys' shape {shape_of(keys)}")
-        quantized = quantize_kv4(keys), quantize_kv4(values)
+        stored = self._stored(keys), self._stored(values)
         tokens = keys.shape[2]
         self._grow({sequence: self.length(layer, sequence) + tokens for sequence in numbers})
         slots = torch.tensor(numbers, device=self.device)
-        self.write(layer, slots, *quantized)
+        self.write(layer, slots, *stored)
         for sequence in numbers:
             self._length[sequence][layer] += tokens
 
-    def write(self, layer: int, slots: torch.Tensor, keys: QuantizedKV, values: QuantizedKV) -> None:
-        """The device's part of `append`: put codes ``[B, kv_heads, T, D]`` behind the tokens of sequences ``slots`` int64
-        [B] and let their lengths grow. Nothing is checked and nothing waits, so it may be captured in a CUDA graph."""
-        tokens = keys.codes.shape[2]
+    def _stored(self, x: torch.Tensor) -> Stored:
+        """Keys or values as pages hold them. Raises ValueError for NaN and infinity, and what fp16 cannot hold."""
+        if self.grid is not None:
+            return quantize_kv(x, self.grid)
+        numbers = x.half()
+        require_finite("x", numbers)
+        return numbers
+
+    def write(self, layer: int, slots: torch.Tensor, keys: Stored, values: Stored) -> None:
+        """The device's part of `append`: put codes (or fp16 numbers) ``[B, kv_heads, T, D]`` behind the tokens of sequences
+        ``slots`` int64 [B] and let their lengths grow. Nothing is checked and nothing waits, so it may be captured in a CUDA
+        graph."""
+        tokens = (keys.codes if isinstance(keys, QuantizedKV) else keys).shape[2]
         position = self.lengths[layer, slots].long()[:, None] + torch.arange(tokens, device=self.device)  # [B, T]
         page = self.tables[slots[:, None], position // self.page_size].long()
         inside = position % self.page_size
@@ -206,26 +219,59 @@ class PagedKV4:
         flat = self.pool[layer].view(-1)
         pairs = (self.layout.scales, self.layout.value_scales)
         for new, places, scales_at in zip((keys, values), self._places, pairs, strict=True):
-            flat[chunk[..., None] + places[inside][:, None]] = pack_token_codes(new.codes)
-            words = torch.stack([new.scales, new.zeros], -1).view(torch.uint8)  # [B, H, T, 4]
-            offset = scales_at + 4 * inside[:, None, :, None] + torch.arange(4, device=self.device)
-            flat[chunk[..., None] + offset] = words
+            numbers = new.codes if isinstance(new, QuantizedKV) else new
+            flat[chunk[..., None] + places[inside][:, None]] = token_bytes(numbers, self.layout.bits)
+            if isinstance(new, QuantizedKV):
+                words = torch.stack([new.scales, new.zeros], -1).view(torch.uint8)  # [B, H, T, 4]
+                offset = scales_at + 4 * inside[:, None, :, None] + torch.arange(4, device=self.device)
+                flat[chunk[..., None] + offset] = words
         self.lengths[layer].index_add_(0, slots, torch.full_like(slots, tokens, dtype=torch.int32))
 
-    def codes(self, layer: int, sequence: int) -> tuple[QuantizedKV, QuantizedKV]:
-        """Codes ``[kv_heads, T, D]``, scales and zeros ``[kv_heads, T]`` of a sequence's keys and values, as stored."""
+    def codes(self, layer: int, sequence: int) -> tuple[Any, Any]:
+        """A sequence's keys and values as stored: `QuantizedKV` of codes ``[kv_heads, T, D]``, scales and zeros
+        ``[kv_heads, T]``, or the fp16 numbers ``[kv_heads, T, D]``."""
         tokens = self.length(layer, sequence)
         pages = torch.tensor(self.pages_of(sequence), dtype=torch.int64, device=self.device)
         chunks = self.pool[layer, pages].transpose(0, 1)  # [H, pages, bytes]
-        found = []
+        found: list[Stored] = []
         for places, at in zip(self._places, (self.layout.scales, self.layout.value_scales), strict=True):
-            codes = unpack_token_codes(chunks[..., places]).flatten(1, 2)[:, :tokens]
-            pairs = chunks[..., at : at + 4 * self.page_size].contiguous().view(torch.float16).unflatten(-1, (-1, 2))
+            numbers = token_numbers(chunks[..., places], self.layout.bits).flatten(1, 2)[:, :tokens]
+            if self.grid is None:
+                found.append(numbers)
+                continue
+            pairs = chunks[..., at : at + self.layout.pairs].contiguous().view(torch.float16).unflatten(-1, (-1, 2))
             pairs = pairs.flatten(1, 2)[:, :tokens]
-            found.append(QuantizedKV(codes, pairs[..., 0].contiguous(), pairs[..., 1].contiguous()))
+            found.append(QuantizedKV(numbers, pairs[..., 0].contiguous(), pairs[..., 1].contiguous()))
         return found[0], found[1]
 
     def gather(self, layer: int, sequence: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantised keys and values ``[kv_heads, T, D]`` of a sequence. Raises ValueError if it is not open."""
         keys, values = self.codes(layer, sequence)
+        if self.grid is None:
+            return keys.to(dtype), values.to(dtype)
         return keys.dequantize(dtype), values.dequantize(dtype)
+
+
+class PagedKV4(PagedKV):
+    """`PagedKV` of 4-bit codes, those of `qoqlab.kv.quantize_kv4`: what all kernels read.
+
+    >>> cache = PagedKV4(layers=1, kv_heads=2, head_dim=64, pages=4)
+    >>> s = cache.open()
+    >>> cache.append(0, [s], torch.ones(1, 2, 70, 64), torch.zeros(1, 2, 70, 64))
+    >>> cache.length(0, s), cache.allocator.free, cache.gather(0, s)[0].shape
+    (70, 2, torch.Size([2, 70, 64]))
+    """
+
+    grid = UINT4
+
+
+class PagedKV8(PagedKV):
+    """`PagedKV` of 8-bit codes with scales and zeros as in `PagedKV4`, for comparison: attention by one simple kernel."""
+
+    grid = UINT8
+
+
+class PagedKV16(PagedKV):
+    """`PagedKV` of fp16 numbers, for comparison: attention by one simple kernel. What fp16 cannot hold is refused."""
+
+    grid = None

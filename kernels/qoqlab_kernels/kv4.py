@@ -54,7 +54,8 @@ BATCH = 16
 @dataclass(frozen=True)
 class Form:
     """What a kernel is compiled for: ``group`` query heads share a KV head (1..16); ``bfloat``: query and result in bf16
-    instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``; ``lse``: scores' log-sum-exp is a result too."""
+    instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``; ``lse``: scores' log-sum-exp is a result too;
+    ``bits`` of a number in the cache."""
 
     head_dim: int
     group: int
@@ -62,11 +63,12 @@ class Form:
     bfloat: bool = False
     softcap: bool = False
     lse: bool = False
+    bits: int = 4
 
     @property
     def layout(self) -> ChunkLayout:
         """Where a page's numbers lie."""
-        return ChunkLayout(self.head_dim, self.page_size)
+        return ChunkLayout(self.head_dim, self.page_size, self.bits)
 
     @property
     def tiles(self) -> int:

@@ -125,9 +125,8 @@ def plain(word):
 
 
 @device
-def magic(word):
-    """The same 8 codes, 8 less each, in packed halves until they are widened (`kv4.centred`)."""
-    a, b, c, d = centred(word)
+def halves(a, b, c, d):
+    """The 8 fp16 numbers of four words as fp32."""
     a0, a1 = ptx.unpack_half(a)
     b0, b1 = ptx.unpack_half(b)
     c0, c1 = ptx.unpack_half(c)
@@ -135,24 +134,79 @@ def magic(word):
     return a0, a1, b0, b1, c0, c1, d0, d1
 
 
+@device
+def magic(word):
+    """The codes of `plain`, 8 less each, in packed halves until they are widened (`kv4.centred`)."""
+    a, b, c, d = centred(word)
+    return halves(a, b, c, d)
+
+
+@device
+def bytes_of(a, b):
+    """The 8 codes of two words of 8-bit pages as fp32."""
+    return (
+        ptx.to_float(i32(a & u32(255))),
+        ptx.to_float(i32((a >> u32(8)) & u32(255))),
+        ptx.to_float(i32((a >> u32(16)) & u32(255))),
+        ptx.to_float(i32(a >> u32(24))),
+        ptx.to_float(i32(b & u32(255))),
+        ptx.to_float(i32((b >> u32(8)) & u32(255))),
+        ptx.to_float(i32((b >> u32(16)) & u32(255))),
+        ptx.to_float(i32(b >> u32(24))),
+    )
+
+
+@device
+def plain_codes(at):
+    """What a lane has of 64 channels: four times 8 codes."""
+    a, b, c, d = ptx.ldg4(at)
+    return plain(a), plain(b), plain(c), plain(d)
+
+
+@device
+def magic_codes(at):
+    """The same by `magic`."""
+    a, b, c, d = ptx.ldg4(at)
+    return magic(a), magic(b), magic(c), magic(d)
+
+
+@device
+def byte_codes(at):
+    """The same in 8-bit pages."""
+    a, b, c, d = ptx.ldg4(at)
+    e, f, g, h = ptx.ldg4(at + u64(16))
+    return bytes_of(a, b), bytes_of(c, d), bytes_of(e, f), bytes_of(g, h)
+
+
+@device
+def fp16_numbers(at):
+    """The same in pages of fp16 numbers."""
+    a0, a1, a2, a3 = ptx.ldg4(at)
+    b0, b1, b2, b3 = ptx.ldg4(at + u64(16))
+    c0, c1, c2, c3 = ptx.ldg4(at + u64(32))
+    d0, d1, d2, d3 = ptx.ldg4(at + u64(48))
+    return halves(a0, a1, a2, a3), halves(b0, b1, b2, b3), halves(c0, c1, c2, c3), halves(d0, d1, d2, d3)
+
+
 def v2(form: Form) -> Program:
-    """Codes by shifts, masks and conversions."""
-    return _by_warps(form, plain, 0)
+    """Codes by shifts, masks and conversions; also for pages of 8 bits and of fp16 numbers."""
+    return _by_warps(form, {4: plain_codes, 8: byte_codes, 16: fp16_numbers}[form.bits], 0)
 
 
 def v3(form: Form) -> Program:
     """Codes by magic numbers, two at a time."""
-    return _by_warps(form, magic, 8)
+    return _by_warps(form, magic_codes, 8)
 
 
 def _by_warps(form: Form, spread: Callable, centre: int) -> Program:
-    """`WARPS` query heads a block. ``spread``: the 8 codes of a word, ``centre`` less each."""
+    """`WARPS` query heads a block. ``spread``: what a lane has of 64 channels, four times 8 codes, ``centre`` less each."""
     layout, d, group, size = form.layout, form.head_dim, form.group, form.page_size
     span, finish, leaves_lse = spanner(form), capper(form), form.lse
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
     steps, vectors, of_page = d // 16, d // 64, size // 16  # blocks of 16 channels, of 64; 16 tokens of a page
     unpack, pack = (ptx.unpack_bfloat, ptx.pack_bfloat) if form.bfloat else (ptx.unpack_half, ptx.pack_half)
-    parts, sums = 4 * steps, 2 * steps
+    parts, sums, coded = 4 * steps, 2 * steps, form.bits < 16
+    lane_bytes, vector_bytes = 4 * form.bits, 128 * form.bits  # of 64 channels, of a tile of 16 tokens
     threads, places = 32 * WARPS, 16 * WARPS
 
     @device
@@ -169,28 +223,37 @@ def _by_warps(form: Form, spread: Callable, centre: int) -> Program:
         return total + exchange(total, 2)
 
     @device
-    def add_keys(word, step, channels, dot0, dot1):
-        """A word's part of the dot products of two tokens."""
-        c, i = spread(word), 4 * step
+    def add_keys(c, step, channels, dot0, dot1):
+        """The part of 8 codes in the dot products of two tokens."""
+        i = 4 * step
         x0, x1, x2, x3 = channels[i], channels[i + 1], channels[i + 2], channels[i + 3]
         dot0 = ptx.fuse(c[0], x0, ptx.fuse(c[1], x1, ptx.fuse(c[2], x2, ptx.fuse(c[3], x3, dot0))))
         return dot0, ptx.fuse(c[4], x0, ptx.fuse(c[5], x1, ptx.fuse(c[6], x2, ptx.fuse(c[7], x3, dot1))))
 
     @device
-    def add_values(word, step, weights, shrink, acc):
-        """A word's part of the sums of two channels, by the weights of four tokens."""
-        c, i = spread(word), 2 * step
+    def weighted(x, weight, total):
+        """One more product; none where the weight is 0, for beyond the ends fp16 pages may hold NaN."""
+        if coded or weight != f32(0.0):
+            return ptx.fuse(x, weight, total)
+        return total
+
+    @device
+    def add_values(c, step, weights, shrink, acc):
+        """The part of 8 codes in the sums of two channels, by the weights of four tokens."""
+        i = 2 * step
         w0, w1, w2, w3 = weights
-        low = ptx.fuse(c[0], w0, ptx.fuse(c[1], w1, ptx.fuse(c[4], w2, c[5] * w3)))
-        high = ptx.fuse(c[2], w0, ptx.fuse(c[3], w1, ptx.fuse(c[6], w2, c[7] * w3)))
+        low = weighted(c[0], w0, weighted(c[1], w1, weighted(c[4], w2, weighted(c[5], w3, f32(0.0)))))
+        high = weighted(c[2], w0, weighted(c[3], w1, weighted(c[6], w2, weighted(c[7], w3, f32(0.0)))))
         acc[i], acc[i + 1] = ptx.fuse(acc[i], shrink, low), ptx.fuse(acc[i + 1], shrink, high)
 
     @device
     def pair(at, known):
         """Scale and zero of a token; zeros where it is not one, whatever is there."""
-        s, z = ptx.unpack_half(ptx.ldg1(at))
         if not known:
             return f32(0.0), f32(0.0)
+        if not coded:
+            return f32(1.0), f32(0.0)
+        s, z = ptx.unpack_half(ptx.ldg1(at))
         return s, z - f32(centre)
 
     @device
@@ -236,14 +299,14 @@ def _by_warps(form: Form, spread: Callable, centre: int) -> Program:
                 entry = u64(u32(slot * width) + u32(u32(tile) // u32(of_page)))
                 page, inside = ptx.ldg1(ptx.address(tables) + entry * u64(4)), u32(u32(tile) % u32(of_page))
                 chunk = ptx.address(pool) + (u64(page) * u64(kv_heads) + u64(head)) * u64(chunk_bytes)
-                words = chunk + u64(u32(inside * u32(vectors * 512)) + lane * u32(16))
+                words = chunk + u64(u32(inside * u32(vectors * vector_bytes)) + lane * u32(lane_bytes))
                 pairs = chunk + u64(u32(inside * u32(64)) + g * u32(4))
                 token = u32(u32(u32(tile) << u32(4)) + g)
                 known0, known1 = first <= token < length, first <= token + u32(8) < length
                 # scores of tokens g and g + 8: a quarter of the channels in each of four lanes
                 dot0 = dot1 = f32(0.0)
                 for v in range(vectors):
-                    a, b, c, e = ptx.ldg4(words + u64(512 * v))
+                    a, b, c, e = spread(words + u64(vector_bytes * v))
                     dot0, dot1 = add_keys(a, 4 * v, channels, dot0, dot1)
                     dot0, dot1 = add_keys(b, 4 * v + 1, channels, dot0, dot1)
                     dot0, dot1 = add_keys(c, 4 * v + 2, channels, dot0, dot1)
@@ -270,7 +333,7 @@ def _by_warps(form: Form, spread: Callable, centre: int) -> Program:
                 others = weights[t], weights[t + u32(1)], weights[t + u32(8)], weights[t + u32(9)]
                 ptx.warp_barrier()
                 for v in range(vectors):
-                    a, b, c, e = ptx.ldg4(words + u64(codes_bytes + 512 * v))
+                    a, b, c, e = spread(words + u64(codes_bytes + vector_bytes * v))
                     add_values(a, 4 * v, others, shrink, acc)
                     add_values(b, 4 * v + 1, others, shrink, acc)
                     add_values(c, 4 * v + 2, others, shrink, acc)

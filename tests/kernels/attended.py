@@ -22,7 +22,8 @@ def filled(form: Form, kv_heads: int, lengths: list[int], what: str = "normal", 
     "tiny". Whatever is not written is NaN, and pages are in no order."""
     generator = torch.Generator(device).manual_seed(sum(lengths))
     pages = sum(-(-n // form.page_size) for n in lengths) + 3
-    cache = qk.PagedKV4(
+    kind = {4: qk.PagedKV4, 8: qk.PagedKV8, 16: qk.PagedKV16}[form.bits]
+    cache = kind(
         2, kv_heads, form.head_dim, pages, form.page_size, sequences=len(lengths) + 1, max_tokens=max(lengths), device=device
     )
     cache.pool.fill_(0xFF)

@@ -536,6 +536,10 @@ def main() -> None:
     os.dup2(2, 1)  # whatever else prints goes to stderr
     warnings.simplefilter("ignore", RuntimeWarning)  # 32-bit words wrap, as they should
     torch.set_num_threads(1)
+    sys.setswitchinterval(5e-4)  # threads of the simulator wait by asking again and again
+    if hasattr(os, "sched_setaffinity"):  # and hand the interpreter on far faster where they share a core
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
     for line in sys.stdin:
         request = json.loads(line)
         try:

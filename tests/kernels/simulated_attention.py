@@ -10,19 +10,20 @@ from unittest import mock
 import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import attention, emulation, matmul, ptx
+from qoqlab_kernels import attention, emulation, kv4, matmul, ptx
 from qoqlab_kernels.attention import AttentionPlan
 from qoqlab_kernels.kv4 import Form
 
 from .attended import attend, expected, filled
 
 
-def attention_case(form: dict, plan: dict, reverse: bool = False, **options: Any) -> dict:
-    """Attention by a plan; "counters": how much is left in the counters afterwards, which must be nothing."""
+def attention_case(form: dict, plan: dict, reverse: bool = False, at_once: int = kv4.BATCH, **options: Any) -> dict:
+    """Attention by a plan; ``at_once``: partial results fetched at a time. "counters": how much is left in the counters
+    afterwards, which must be nothing."""
     from .simulated import backwards
 
     p = AttentionPlan(**plan)
-    with backwards() if reverse else contextlib.nullcontext():
+    with backwards() if reverse else contextlib.nullcontext(), mock.patch.object(kv4, "BATCH", at_once):
         found = attend(p, Form(**form), **options)
     _, counters = matmul.room(1, 1, torch.device("cpu"))
     return found | {"counters": int(counters.abs().sum()) if p.version == "v4" else 0}
@@ -103,5 +104,9 @@ def attention_errors() -> dict:
         "window: 1.5": call(window=1.5),
     }
     found = {name: message_of(call) for name, call in calls.items()}
+    wide = qk.PagedKV8(1, 2, 64, 4)
     with mock.patch.dict(os.environ, {attention.OVERRIDE: "v5"}):
-        return found | {"version: v5": message_of(call())}
+        found["version: v5"] = message_of(call())
+    with mock.patch.dict(os.environ, {attention.OVERRIDE: "v4"}):
+        found["version: v4 on 8 bits"] = message_of(call(c=wide, which=[wide.open()]))
+    return found

@@ -43,14 +43,14 @@ def compiled_own_case() -> dict:
 
 def own_mutant_case(what: str) -> dict:
     """The kernel with one instruction changed: is its result still the reference's? "nothing" changes none."""
-    shuffle, fuse = emulation.shuffle_xor, emulation.fuse
+    shuffle = emulation.shuffle_xor
     name, wrong = {
         "nothing": ("shuffle_xor", shuffle),
         "lanes do not meet": ("shuffle_xor", lambda value, mask: value),
         "half of the lanes": ("shuffle_xor", lambda value, mask: shuffle(value, min(int(mask), 2))),
         "sign of the difference": ("absolute", lambda value: value),
         "weights that do not add up": ("reciprocal", lambda value: emulation.reciprocal(value) * np.float32(0.99)),
-        "quotients of the codes": ("fuse", lambda a, b, c: fuse(a, b, 0)),
+        "no sum of the codes": ("dp4a", lambda weights, codes, total: np.int32(total)),
     }[what]
     with mock.patch.object(ptx, name, wrong):
         return own_case(5, 2, 1, 64, "float16")

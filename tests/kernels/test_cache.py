@@ -12,7 +12,7 @@ from qoqlab_kernels import pages
 from qoqlab_kernels.allocator import PagesExhausted
 from qoqlab_kernels.pages import HEAD_DIMS, PAGE_SIZES, ChunkLayout
 
-from qoqlab.kv import QuantizedKV, quantize_kv4
+from qoqlab.kv import QuantizedKV, quantize_kv, quantize_kv4
 
 LAYOUTS = [(d, size) for d in HEAD_DIMS for size in PAGE_SIZES]
 
@@ -25,6 +25,11 @@ def tokens(heads: int, count: int, dim: int, seed: int) -> torch.Tensor:
     x[:, 0, ::7] = 1.5
     x[:, -1, ::11] = 0
     return x
+
+
+def stored(x: torch.Tensor, kind: type) -> torch.Tensor:
+    """What a cache of a kind gives back."""
+    return x.half().float() if kind.grid is None else quantize_kv(x, kind.grid).dequantize()
 
 
 def assert_same(got: QuantizedKV, want: QuantizedKV) -> None:
@@ -43,6 +48,21 @@ def test_every_code_has_its_own_nibble(dim: int, size: int) -> None:
     assert keys == {(at, shift) for at in range(layout.codes) for shift in (0, 4)}
     assert values == {(at, shift) for at in range(layout.codes, 2 * layout.codes) for shift in (0, 4)}
     assert layout.bytes == size * (dim + 8) and layout.bytes % 16 == 0
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("dim", "size"), LAYOUTS)
+def test_every_wide_number_has_its_own_bytes(dim: int, size: int, bits: int) -> None:
+    """And beside each other those that a 4-bit page has in one word: a lane's 8 of a tile."""
+    layout, width = ChunkLayout(dim, size, bits), bits // 8
+    keys = {pages.key_place(t, c, dim, bits) for t in range(size) for c in range(dim)}
+    values = {pages.value_place(t, c, dim, size, bits) for t in range(size) for c in range(dim)}
+    assert keys == {(at, 0) for at in range(0, layout.codes, width)}
+    assert values == {(at, 0) for at in range(layout.codes, 2 * layout.codes, width)}
+    assert layout.bytes == 2 * size * dim * width + (8 * size if bits == 8 else 0) and layout.bytes % 16 == 0
+    for token, channel in ((0, 0), (5, 17), (size - 1, dim - 1)):
+        word, wide = pages.key_place(token, channel, dim)[0] // 4, pages.key_place(token, channel, dim, bits)[0]
+        assert wide // bits == word
 
 
 @pytest.mark.parametrize("dim", HEAD_DIMS)
@@ -83,6 +103,38 @@ def test_golden_bytes() -> None:
 
 
 # -- append and gather ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([qk.PagedKV8, qk.PagedKV16]),
+    st.sampled_from(LAYOUTS),
+    st.lists(st.integers(1, 70), min_size=1, max_size=4),
+)
+def test_any_pieces_give_what_wide_pages_hold(kind: type, layout: tuple[int, int], pieces: list[int]) -> None:
+    (dim, size), total = layout, sum(pieces)
+    cache = kind(1, 2, dim, pages=-(-total // size) + 1, page_size=size)
+    cache.pool.fill_(0xA5)
+    k, v = (tokens(2, total, dim, seed) for seed in (1, 2))
+    s = cache.open()
+    for part_k, part_v in zip(k.split(pieces, 2), v.split(pieces, 2), strict=True):
+        cache.append(0, [s], part_k, part_v)
+    for got, x in zip(cache.gather(0, s), (k, v), strict=True):
+        assert torch.equal(got, stored(x[0], kind))
+    if kind.grid is not None:
+        for got, x in zip(cache.codes(0, s), (k, v), strict=True):
+            assert_same(got, quantize_kv(x[0], kind.grid))
+    copy = cache.fork(s)
+    assert torch.equal(cache.gather(0, copy)[0], cache.gather(0, s)[0])
+
+
+def test_fp16_pages_refuse_what_fp16_cannot_hold() -> None:
+    cache = qk.PagedKV16(1, 1, 64, pages=1)
+    s, x = cache.open(), torch.ones(1, 1, 2, 64)
+    for wrong in (x * 1e5, x * torch.nan):
+        with pytest.raises(ValueError, match="x: holds"):
+            cache.append(0, [s], x, wrong)
+    assert cache.length(0, s) == 0 and cache.allocator.free == 1
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,7 +11,7 @@ from qoqlab_kernels.kv4 import Form
 
 from qoqlab.kv import quantize_kv4
 
-from .attended import attend, expected
+from .attended import attend, expected, filled
 
 HERE = torch.cuda.is_available()
 pytestmark = [
@@ -44,8 +44,36 @@ def test_ways_to_fetch(bulk: bool) -> None:
     check(Form(128, 4), 8, [1, 100, 5000, 0, 64], AttentionPlan("v4", 4, 2, bulk, 200))
 
 
-def test_v1() -> None:
-    check(Form(128, 4), 2, [1, 100, 0, 333], AttentionPlan("v1"), window=50)
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        (Form(128, 4, lse=True), {}),
+        (Form(128, 4), {"window": 50}),
+        (Form(64, 7, 16, True, True), {"softcap": 20.0}),
+        (Form(128, 16, 128), {"what": "offset"}),
+        (Form(64, 1, 32), {"what": "peaked"}),
+    ],
+)
+def test_the_ladder(version: str, form: Form, options: dict) -> None:
+    check(form, 2, [1, 100, 0, 333, 64, 4097], AttentionPlan(version), **options)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(("dim", "group", "bfloat"), [(128, 4, False), (64, 7, True), (128, 1, False)])
+def test_pages_of_8_and_16_bits(dim: int, group: int, bfloat: bool, bits: int) -> None:
+    check(Form(dim, group, 64, bfloat, lse=True, bits=bits), 3, [1, 0, 63, 64, 65, 1000, 5000])
+
+
+def test_the_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, (s,) = filled(Form(128, 4), 2, [1000], device="cuda")
+    query = torch.randn(1, 8, 128, device="cuda").half()
+    found = []
+    for version in ("v1", "v2", "v3", "v4"):
+        monkeypatch.setenv(attention.OVERRIDE, version)
+        assert attention.attention_plan(Form(128, 4), query.device).version == version
+        found.append(qk.kv4_attention(query, cache, 1, [s]).float())
+    assert all((y - found[-1]).norm() <= 1e-3 * found[-1].norm() for y in found)
 
 
 @pytest.mark.parametrize("what", ["normal", "uniform", "offset", "constant", "peaked", "tiny"])

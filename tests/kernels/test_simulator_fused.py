@@ -64,7 +64,7 @@ def test_a_token_joins_its_past(
     "what",
     [
         *("lanes do not meet", "half of the lanes", "sign of the difference"),
-        *("weights that do not add up", "quotients of the codes"),
+        *("weights that do not add up", "no sum of the codes"),
     ],
 )
 def test_changed_kernels_are_noticed(simulator: Simulator, what: str) -> None:
