@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -74,15 +75,25 @@ def error_curves(
         figure.add_scatter(
             x=[knob[i] for i in stars],
             y=[values[i] for i in stars],
-            text=[f"{knob[i]:.2f}" for i in stars],
-            textposition="bottom center",
-            mode="markers+text",
+            mode="markers",
             showlegend=False,
             cliponaxis=False,
             marker={"size": 15, "symbol": "star", "color": colour, "line": {"color": "white", "width": 1}},
-            textfont={"color": colour, "size": 13},
             hoverinfo="skip",
         )
+        for i in stars:  # a text of the trace would have no background, and lines run through it
+            figure.add_annotation(
+                x=knob[i],
+                y=math.log10(values[i]),
+                text=f"{knob[i]:.2f}",
+                font={"color": colour, "size": 13},
+                bgcolor="white",
+                opacity=0.9,
+                borderpad=0,
+                showarrow=False,
+                yanchor="top",
+                yshift=-9,
+            )
     _layout(
         figure,
         title,
@@ -223,7 +234,7 @@ def recipe_result(reports: Mapping[str, pd.Series], perplexities: Mapping[str, f
     names = list(reports)
     values_ = [perplexities[name] for name in names]
     figure.add_bar(
-        x=names,
+        x=[name.replace(" ", "<br>", 1) for name in names],
         y=_numbers(values_),
         text=[f"{v:.2f}" for v in values_],
         textposition="outside",
