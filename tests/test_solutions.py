@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 
 import nbformat
 import pytest
@@ -46,7 +47,7 @@ def test_was_run_and_passed(lesson):
 @each_lesson
 def test_every_solution_is_explained(lesson):
     cells = nbformat.read(FOLDER / lesson.name, as_version=4).cells
-    for before, cell in zip(cells, cells[1:], strict=False):
+    for before, cell in itertools.pairwise(cells):
         if cell.cell_type == "code":
             assert before.cell_type == "markdown" and len(before.source.split()) > 20
 
