@@ -1,4 +1,4 @@
-"""Pictures of kernels: the bits of 32-bit words, and which lane of a warp holds which weight."""
+"""Pictures of kernels: bits of words, lanes of a warp and what they hold, measured times beside their bound."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 
-from .viz import _INK, PALETTE, SEQUENTIAL, _layout
+from .viz import _INK, PALETTE, SEQUENTIAL, _layout, _legend_above, _log_axis
 
-#: Fills of neighbouring fields of a word: light enough for black digits, told apart by lightness as well as by hue.
-_FIELDS = ("#cfe3f2", "#f6d2bd", "#bfe6d9", "#f0d7e4")
+#: Fills of neighbouring fields of a word, for a 0 and for a 1: light enough for black digits.
+_FIELDS = (("#dcebf6", "#9cc7e6"), ("#fae3d5", "#efb08a"), ("#d4efe6", "#86cfb5"), ("#f6e6ee", "#dea9c6"))
 
 
 def bit_rows(words: Mapping[str, int], title: str, width: int = 8, notes: Sequence[str] = ()) -> go.Figure:
@@ -24,20 +25,21 @@ def bit_rows(words: Mapping[str, int], title: str, width: int = 8, notes: Sequen
         if not 0 <= word < 1 << 32:
             raise ValueError(f"words: {name} is {word}, which is no 32-bit word")
     bits = [[word >> (31 - i) & 1 for i in range(32)] for word in words.values()]
-    colours = [[_FIELDS[(31 - i) // width % 4] for i in range(32)] for _ in words]
+    shades = [colour for pair in _FIELDS for colour in pair]
     figure = go.Figure(
-        go.Scatter(
-            x=[31 - i for _ in words for i in range(32)],
-            y=[row for row in range(len(words)) for _ in range(32)],
-            text=[str(bit) for row in bits for bit in row],
-            mode="markers+text",
-            marker={
-                "symbol": "square",
-                "size": 19,
-                "color": [c for row in colours for c in row],
-                "line": {"width": [1.6 if bit else 0.4 for row in bits for bit in row], "color": _INK},
-            },
+        go.Heatmap(
+            x=list(range(31, -1, -1)),
+            y=list(range(len(words))),
+            z=[[(31 - i) // width % 4 * 2 + bit for i, bit in enumerate(row)] for row in bits],
+            text=[[f"<b>{bit}</b>" if bit else "0" for bit in row] for row in bits],
+            texttemplate="%{text}",
             textfont={"size": 11, "color": _INK},
+            colorscale=[[(i + end) / len(shades), shade] for i, shade in enumerate(shades) for end in (0, 1)],
+            zmin=-0.5,
+            zmax=len(shades) - 0.5,
+            xgap=1,
+            ygap=14,
+            showscale=False,
             hovertemplate="bit %{x}: %{text}<extra></extra>",
         )
     )
@@ -86,3 +88,26 @@ def lane_cells(table: pd.DataFrame, lane: int, title: str) -> go.Figure:
     )
     _layout(figure, title, "input k (index in the tile)", "output n (index)", height=470, showlegend=False)
     return figure.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False)
+
+
+def times(table: pd.DataFrame, title: str) -> go.Figure:
+    """Times in microseconds against tokens, log-log: ``table`` has tokens as index and a line per column, the first of them
+    the bound that nothing can be below (dashed). Missing values are left out; always as many traces as columns."""
+    figure = go.Figure()
+    for index, (name, column) in enumerate(table.items()):
+        values = column.dropna()
+        bound = index == 0
+        figure.add_scatter(
+            x=[int(m) for m in values.index],
+            y=values.round(2).to_list(),
+            name=str(name),
+            mode="lines" if bound else "lines+markers",
+            line={"color": _INK if bound else PALETTE[index - 1], "width": 2, "dash": "dash" if bound else "solid"},
+            marker={"size": 8, "symbol": max(index - 1, 0)},
+            hovertemplate="%{x} tokens: %{y:.1f} µs<extra>%{fullData.name}</extra>",
+        )
+    _layout(figure, title, "tokens at once, M (log scale)", "time (µs, log scale)", height=480, legend=_legend_above())
+    figure.update_layout(margin={"l": 70, "r": 30, "t": 96, "b": 60})
+    ticks = [int(m) for m in table.index]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(m) for m in ticks])
+    return figure.update_yaxes(**_log_axis([torch.tensor(table.to_numpy()).nan_to_num(0.0)]))
