@@ -14,6 +14,10 @@ import torch
 
 from . import affine, hadamard, kv, outliers, progressive, recipes, transforms
 from .evaluate import logits_sqnr_db
+from .exercises_kernels import check_linear_scores as check_linear_scores
+from .exercises_kernels import check_locate as check_locate
+from .exercises_kernels import check_magic as check_magic
+from .exercises_kernels import check_merge as check_merge
 from .exercises_methods import check_attention_scale as check_attention_scale
 from .exercises_methods import check_best_ratio as check_best_ratio
 from .exercises_methods import check_error_feedback as check_error_feedback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -145,6 +146,24 @@ def kv_bytes(layers, kv_heads, head_dim, bits, extra_bits):
     return 2 * layers * kv_heads * (head_dim * bits + extra_bits) / 8
 
 
+def magic(word, mask=0x000F000F, one=0x64006400, offset=0x64086408):
+    return word & mask | one, offset
+
+
+def linear_scores(query, codes, scales, zeros):
+    return scales * (codes.float() @ query - zeros * query.sum())
+
+
+def merge(a, b, ratio=lambda own, top: math.exp(own - top)):
+    largest = max(a[0], b[0])
+    grown = [ratio(part[0], largest) for part in (a, b)]
+    return largest, a[1] * grown[0] + b[1] * grown[1], a[2] * grown[0] + b[2] * grown[1]
+
+
+def locate(table, token, page_size):
+    return table[token // page_size], token % page_size
+
+
 ROTATE, SMOOTH = Step(steps.rotate), Step(steps.smooth_attention)
 
 
@@ -183,6 +202,10 @@ ANSWERS = [
     (exercises.check_perplexity, perplexity),
     (exercises.check_sqnr, ratio_db),
     (exercises.check_kv_bytes, kv_bytes),
+    (exercises.check_magic, magic),
+    (exercises.check_linear_scores, linear_scores),
+    (exercises.check_merge, merge),
+    (exercises.check_locate, locate),
 ]
 
 
@@ -399,6 +422,31 @@ MISTAKES = [
     (exercises.check_kv_bytes, lambda n, h, d, b, x: kv_bytes(n, h, d, b, x) / 2, "the value takes as many"),
     (exercises.check_kv_bytes, lambda n, h, d, b, x: kv_bytes(n, h, d, b, 0) + x / 8, "a scale and zero each"),
     (exercises.check_kv_bytes, lambda n, h, d, b, x: 2 * n * h * d * (b + x) / 8, "not per channel"),
+    (exercises.check_magic, lambda w: (w & 0x000F000F, 0x00080008), "without an exponent"),
+    (exercises.check_magic, lambda w: magic(w, one=0x6400), "as well"),
+    (exercises.check_magic, lambda w: magic(w, mask=0x00FF00FF), "more than one nibble"),
+    (exercises.check_magic, lambda w: magic(w, mask=0x00F000F0), "1027 and 1029"),
+    (exercises.check_magic, lambda w: magic(w, offset=0x6408), "from both halves"),
+    (exercises.check_magic, lambda w: magic(w, offset=0x64006400), "8 more is centred"),
+    (exercises.check_magic, lambda w: (1024 + (w & 15), 1032), "exponent of 1024 as well"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (s[:, None] * (c.float() - z[:, None])) @ q, "right, but"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q) * s, "zero is missing"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q - z) * s, "not z"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q) * s - z * q.sum(), "scaled as well"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q + z * q.sum()) * s, "token 0 scores"),
+    (exercises.check_merge, lambda a, b: (max(a[0], b[0]), a[1] + b[1], a[2] + b[2]), "relative to their own maxima"),
+    (exercises.check_merge, lambda a, b: (*merge(a, b)[:2], a[2] + b[2]), "values are not"),
+    (exercises.check_merge, lambda a, b: (b[0], *merge(a, b)[1:]), "whichever comes first"),
+    (exercises.check_merge, lambda a, b: (max(a[0], b[0]), (a[1] + b[1]) / 2, (a[2] + b[2]) / 2), "sums just add"),
+    (
+        exercises.check_merge,
+        lambda a, b: merge(a, b, lambda own, top: torch.tensor(own).exp() / torch.tensor(top).exp()),
+        "overflows",
+    ),
+    (exercises.check_locate, lambda table, token, size: divmod(token, size), "the table says which"),
+    (exercises.check_locate, lambda table, token, size: (table[0], token), "first of the next page"),
+    (exercises.check_locate, lambda table, token, size: (table[token // size], token), "next page|within the page|page 2"),
+    (exercises.check_locate, lambda table, token, size: (table[token // 64], token % 64), "pages of 16"),
 ]
 
 

@@ -35,7 +35,7 @@ LAYERS = [
         "viz_kernels",
         "explorers",
     ],
-    ["exercises_methods", "exercises"],
+    ["exercises_kernels", "exercises_methods", "exercises"],
     ["widgets"],
     ["tour", "cli", "classroom", "site"],
 ]

@@ -41,6 +41,7 @@ def test_there_are_notebooks():
         "07_whole_comparison",
         "08_why_w4a8kv4",
         "09_gemm_kernel",
+        "10_kv4_kernel",
         "11_your_own_model",
     } <= {p.stem for p in NOTEBOOKS}
 

@@ -7,6 +7,7 @@ import re
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 from qoqlab_kernels import lane_map
 
 from qoqlab import viz, viz_kernels
@@ -51,3 +52,24 @@ def test_times_are_drawn_beside_the_bound_and_missing_ones_left_out():
     bound, ours, late = viz_kernels.times(table, "title").data
     assert bound.line.dash == "dash" and list(ours.x) == [1, 16] and list(ours.y) == [1.5, 2.5]
     assert list(late.x) == [16] and list(late.y) == [9.0]
+
+
+def test_fields_of_different_widths():
+    (row,) = viz_kernels.bit_rows({"a": 0}, "title", width=viz_kernels.HALVES).data[0].z
+    assert len({*row[1:6]}) == len({*row[6:16]}) == 1 and len({row[0], row[1], row[6]}) == 3
+    assert list(row[:16]) == list(row[16:]), "sign, exponent and mantissa look alike in both halves"
+    with pytest.raises(ValueError, match=r"width: fields of \(8, 8\) bits do not make 32"):
+        viz_kernels.bit_rows({"a": 0}, "title", width=(8, 8))
+
+
+def test_weights_of_pages_that_were_read():
+    final = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    first, second, line = viz_kernels.running_weights([final[:2] / 0.3], final, 2, "title").data
+    assert list(first.x) == [0, 1] and list(first.y) == pytest.approx([1 / 3, 2 / 3]) and not len(second.y)
+    assert list(line.y) == pytest.approx(final.tolist())
+
+
+def test_a_pool_shows_who_holds_what():
+    cells = viz_kernels.page_pool([["A"], [], ["A", "B"]], "title", columns=2).data[0]
+    assert cells.text[0][0].startswith("<b>A</b>") and cells.text[1][0].startswith("<b>A + B</b>")
+    assert cells.z[0][0] == cells.z[1][0] != cells.z[0][1] and cells.text[0][1] == "page 1"
