@@ -33,6 +33,7 @@ LAYERS = [
         "viz_explorers",
         "viz_methods",
         "viz_kernels",
+        "themes",
         "explorers",
     ],
     ["exercises_kernels", "exercises_methods", "exercises"],
@@ -40,7 +41,18 @@ LAYERS = [
     ["tour", "cli", "classroom", "site"],
 ]
 #: Modules that may import plotly.
-FIGURES = {"viz", "viz_serving", "viz_explorers", "viz_methods", "viz_kernels", "explorers", "widgets", "tour", "site"}
+FIGURES = {
+    "viz",
+    "viz_serving",
+    "viz_explorers",
+    "viz_methods",
+    "viz_kernels",
+    "themes",
+    "explorers",
+    "widgets",
+    "tour",
+    "site",
+}
 ORDER = [name for layer in LAYERS for name in layer]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
