@@ -74,7 +74,8 @@ def _layout(figure: go.Figure, title: str, x: str = "", y: str = "", **more: obj
         title = "<br>".join(textwrap.wrap(title, max(TITLE_WIDTH // 2, len(title) // 2 + 8)))  # lines of a length
     if "<br>" in title:
         margin = {**TEMPLATE.layout.margin.to_plotly_json(), **cast(dict[str, int], given.get("margin", {}))}
-        given |= {"title_text": title, "title_y": 0.945, "height": cast(int, given["height"]) + 20}
+        # a fraction of the height would cut the first line of a low figure
+        given |= {"title_text": title, "title_y": 1, "title_pad_t": 26, "height": cast(int, given["height"]) + 20}
         given["margin"] = margin | {"t": margin["t"] + 20}
     figure.update_layout(**given)
     if x:
