@@ -57,9 +57,10 @@ def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 
 
 def main(names: list[str]) -> None:
-    """Refresh the named notebooks, or all of them."""
-    for path in [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("explorers/*.ipynb"))]:
-        if not names or path.stem in names or path.name in names:
+    """Refresh the named notebooks (``solutions/NAME`` for one of a folder), or all of them."""
+    for path in (*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("*/[!.]*.ipynb"))):
+        own = path.relative_to(HERE).with_suffix("").as_posix()
+        if not names or own in [name.removesuffix(".ipynb") for name in names]:
             refresh(path)
             print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
 

@@ -14,8 +14,25 @@ import torch
 
 from . import affine, hadamard, kv, outliers, progressive, recipes, transforms
 from .evaluate import logits_sqnr_db
+from .exercises_kernels import check_linear_scores as check_linear_scores
+from .exercises_kernels import check_locate as check_locate
+from .exercises_kernels import check_magic as check_magic
+from .exercises_kernels import check_merge as check_merge
+from .exercises_methods import check_attention_scale as check_attention_scale
+from .exercises_methods import check_best_ratio as check_best_ratio
+from .exercises_methods import check_error_feedback as check_error_feedback
+from .exercises_methods import check_fold_attention as check_fold_attention
+from .exercises_methods import check_fold_rotation as check_fold_rotation
+from .exercises_methods import check_hadamard as check_hadamard
+from .exercises_methods import check_kv_bytes as check_kv_bytes
+from .exercises_methods import check_optimal_clip_error as check_optimal_clip_error
+from .exercises_methods import check_perplexity as check_perplexity
+from .exercises_methods import check_reorder as check_reorder
+from .exercises_methods import check_sqnr as check_sqnr
 from .grids import INT4, UINT4
 from .pipeline import quantize
+from .progress import passed
+from .progress import progress as progress
 from .schemes import Scheme
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -31,7 +48,7 @@ def check_cache_bytes(cache_bytes: Callable[[int, int, int, int, float], float])
     assert got == 128, f"two 4-bit codes share a byte, so the same cache at 4 bits is 128 bytes, got {got}"
     got = cache_bytes(32, 8, 128, 1000, 4)
     assert got == 32_768_000, f"32 layers, 8 KV heads, 128 channels, 1000 tokens at 4 bits: 32768000 bytes, got {got}"
-    print("check_cache_bytes: passed")
+    passed("check_cache_bytes")
 
 
 def check_outlier_ratio(outlier_ratio: Callable[[torch.Tensor], float]) -> None:
@@ -44,7 +61,7 @@ def check_outlier_ratio(outlier_ratio: Callable[[torch.Tensor], float]) -> None:
     )
     assert got not in (4.0, 1.6), "you reduced every token (row); a channel is a column, reduced over all tokens"
     assert abs(got - 20) < 1e-4, f"channels are as large as [2, 2, 1, 40, 3]: median 2, so the ratio is 20, got {got:g}"
-    print("check_outlier_ratio: passed")
+    passed("check_outlier_ratio")
 
 
 def check_per_token_int8(quantize: Callable[[torch.Tensor], Pair]) -> None:
@@ -68,7 +85,7 @@ def check_per_token_int8(quantize: Callable[[torch.Tensor], Pair]) -> None:
     assert torch.equal(quantize(rows)[0], want.codes), (
         "codes differ from the library's: divide by the scale as rounded to fp16, which is what the kernel multiplies by"
     )
-    print("check_per_token_int8: passed")
+    passed("check_per_token_int8")
 
 
 def check_group_scale(choose: Callable[[float, float], tuple[int, int]]) -> None:
@@ -91,7 +108,7 @@ def check_group_scale(choose: Callable[[float, float], tuple[int, int]]) -> None
     assert (scale, zero) == (4, 0), f"a group from 30 to 60 is widened to 0..60: scale 4, zero 0, got {(scale, zero)}"
     scale, zero = choose(0, 0)
     assert scale >= 1, "an all-zero group would get scale 0, and the next line divides by it; use at least 1"
-    print("check_group_scale: passed")
+    passed("check_group_scale")
 
 
 def check_progressive_dequant(
@@ -123,7 +140,7 @@ def check_progressive_dequant(
     w = progressive.quantize(weight, group_size=64)
     got = dequantize(w.codes, w.group_scales, w.group_zeros, w.channel_scales, 64)
     assert torch.equal(got.float(), w.dequantize()), "small cases agree, a 2 x 256 weight in groups of 64 does not"
-    print("check_progressive_dequant: passed")
+    passed("check_progressive_dequant")
 
 
 def check_pack_u4(pack: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -138,7 +155,7 @@ def check_pack_u4(pack: Callable[[torch.Tensor], torch.Tensor]) -> None:
     assert first != 0x80, "neighbours share a byte (0 with 1), yours pairs 0 with 8; that is another layout"
     assert first == 0x10, f"code 0 in the low nibble, code 1 in the high one: byte 0 is 0x10, got {first:#04x}"
     assert got.tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], f"got {[f'{b:#04x}' for b in got.tolist()]}"
-    print("check_pack_u4: passed")
+    passed("check_pack_u4")
 
 
 def check_bits_per_weight(bits_per_weight: Callable[[int, int, int, int], float]) -> None:
@@ -166,7 +183,7 @@ def check_bits_per_weight(bits_per_weight: Callable[[int, int, int, int], float]
         want, got = form.bits_per_weight(4096), bits_per_weight(4096, group_size, group_bits, row_bits)
         name = form.kind.name
         assert abs(got - want) < 1e-9, f"{name}, a row of 4096: the library stores {want:.4f} bits a weight, yours {got:.4f}"
-    print("check_bits_per_weight: passed")
+    passed("check_bits_per_weight")
 
 
 #: What there is against loud key channels, and what to say of each.
@@ -193,7 +210,7 @@ def check_key_ranking(ranking: Callable[[], list[str]]) -> None:
             f"{better} before {worse}? Measured, {better} has {errors[better] / errors[worse]:.1f} times its error. "
             f"{better}: {_KEY_REMEDIES[better]}. {worse}: {_KEY_REMEDIES[worse]}."
         )
-    print("check_key_ranking: passed")
+    passed("check_key_ranking")
 
 
 def _key_errors(tokens: int = 128, width: int = 64, loud: float = 20.0) -> dict[str, float]:
@@ -234,7 +251,7 @@ def check_frontier(frontier: Callable[[list[float], list[float]], list[int]]) ->
     assert got == [1, 2, 0], f"list them by rising bits, 4 then 8 then 16: [1, 2, 0], got {got}"
     got = list(frontier([4.0, 4.0], [1.0, 1.0]))
     assert got == [0, 1], f"of two that are exactly alike neither is better, so keep both, got {got}"
-    print("check_frontier: passed")
+    passed("check_frontier")
 
 
 def check_recipe(recipe: Callable[[], recipes.Recipe]) -> None:
@@ -259,7 +276,7 @@ def check_recipe(recipe: Callable[[], recipes.Recipe]) -> None:
         f"loud key channels: your steps gain {gain:.1f} dB over rounding to nearest, and more than 3 is possible. "
         "Rotation stops at RoPE; which stage divides keys and multiplies queries?"
     )
-    print("check_recipe: passed")
+    passed("check_recipe")
 
 
 def _gain_db(recipe: recipes.Recipe, scheme: Scheme, activation_ratio: float = 1.0, key_ratio: float = 1.0) -> float:
@@ -298,7 +315,7 @@ def check_crossing(crossing: Callable[[float, float, float], float]) -> None:
     assert got == 10, f"1 byte a weight at 10 bytes/s takes 0.1 s, and so do 10 tokens at 2 operations each: 10, got {got}"
     got = crossing(4, 624e12, 2.0e12)
     assert abs(got - 78) < 1e-6, f"W4A8 on an A100 (624 TOP/s, 2 TB/s): 78 tokens, got {got:g}"
-    print("check_crossing: passed")
+    passed("check_crossing")
 
 
 def check_step_speedup(speedup: Callable[[dict[str, float], dict[str, float]], float]) -> None:
@@ -314,7 +331,7 @@ def check_step_speedup(speedup: Callable[[dict[str, float], dict[str, float]], f
     got = speedup(seconds, {"linear": 1e12})
     assert abs(got - 3) < 1e-6, f"linear layers for free leave 3 of 9 seconds: at most 3 times, got {got}"
     assert seconds == {"linear": 6.0, "attention": 3.0}, "leave the caller's times as they are"
-    print("check_step_speedup: passed")
+    passed("check_step_speedup")
 
 
 def check_unpack_budget(budget: Callable[[float, float, float], float]) -> None:
@@ -326,7 +343,7 @@ def check_unpack_budget(budget: Callable[[float, float, float], float]) -> None:
     got = budget(100.0, 10.0, 4)
     assert got != 20, "with half the bits twice as many weights arrive, so each has half the time"
     assert got == 5, f"4 bits: 20 weights a second, 5 instructions each, got {got}"
-    print("check_unpack_budget: passed")
+    passed("check_unpack_budget")
 
 
 def check_largest_batch(largest: Callable[[float, float, int, float], int]) -> None:
@@ -340,7 +357,7 @@ def check_largest_batch(largest: Callable[[float, float, int, float], int]) -> N
     assert isinstance(got, int), f"a number of sequences is an int, got {type(got).__name__}"
     got = largest(1000, 1200, 10, 20)
     assert got == 0, f"the weights alone do not fit: no sequence, 0, got {got}"
-    print("check_largest_batch: passed")
+    passed("check_largest_batch")
 
 
 def check_group_size(group_size: Callable[[list[int]], int | None]) -> None:
@@ -354,7 +371,7 @@ def check_group_size(group_size: Callable[[list[int]], int | None]) -> None:
     assert got is None, f"100 is no multiple of 128, 64 or 32: None, and scales per channel, got {got}"
     got = group_size([96])
     assert got == 32, f"96 = 3 * 32: 32, got {got}"
-    print("check_group_size: passed")
+    passed("check_group_size")
 
 
 def check_divergence(divergence: Callable[[torch.Tensor, torch.Tensor], float]) -> None:
@@ -370,7 +387,7 @@ def check_divergence(divergence: Callable[[torch.Tensor, torch.Tensor], float]) 
     assert abs(got - backward / 2) > 1e-4, "weight by the exact probabilities: that is KL(exact, rounded), not the reverse"
     assert abs(got - forward / 4) > 1e-4, "sum over the vocabulary, and average over positions alone"
     assert abs(got - forward / 2) < 1e-4, f"0.1438 nats at one of two positions: {forward / 2:.4f}, got {got:.4f}"
-    print("check_divergence: passed")
+    passed("check_divergence")
 
 
 def check_compression(compression: Callable[[list[tuple[int, float, float]]], float]) -> None:
@@ -381,7 +398,7 @@ def check_compression(compression: Callable[[list[tuple[int, float, float]]], fl
     got = compression([(300, 16, 4), (100, 16, 16)])
     assert got not in (2.5, 3.25), "ratios do not average, not even by count; divide the sum before by the sum after"
     assert abs(got - 6400 / 2800) < 1e-9, f"6400 bits become 2800: {6400 / 2800:.3f} times smaller, got {got:g}"
-    print("check_compression: passed")
+    passed("check_compression")
 
 
 def check_unpack_word(unpack: Callable[[int], tuple[int, int]]) -> None:
@@ -394,7 +411,7 @@ def check_unpack_word(unpack: Callable[[int], tuple[int, int]]) -> None:
     assert got[1] == 0x01030507, f"high nibbles of 12 34 56 78 are 1, 3, 5, 7: 0x01030507, got {got[1]:#010x}"
     got = unpack(0xF0F0F0F0)
     assert tuple(got) == (0, 0x0F0F0F0F), f"0xF0F0F0F0 is four zeros and four 15s, got {[f'{g:#010x}' for g in got]}"
-    print("check_unpack_word: passed")
+    passed("check_unpack_word")
 
 
 def check_unsigned_word(decode: Callable[[int, int, int], int]) -> None:
@@ -406,4 +423,4 @@ def check_unsigned_word(decode: Callable[[int, int, int], int]) -> None:
     got = decode(0x0F0F0F0F, 16, 8)
     assert got == 0xF0F0F0F0, f"the largest there is: 15 * 16 + 128 - 8 * 16 = 240 in each byte, got {got:#x}"
     assert decode(0, 16, 8) == 0, f"the smallest: 0 * 16 + 128 - 128 = 0, got {decode(0, 16, 8):#x}"
-    print("check_unsigned_word: passed")
+    passed("check_unsigned_word")

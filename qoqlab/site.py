@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .themes import DARK, DARK_PAPER
+
 PLOTLY = "application/vnd.plotly.v1+json"
 ROOT = Path(__file__).resolve().parents[1]
 #: Fenced code, inline code, and the two kinds of formulas, in the order in which they win.
@@ -22,23 +24,51 @@ _PIECES = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$([^\s$](?:[^$\n]*?[
 _MARKS = str.maketrans({"*": "&#42;", "_": "&#95;", "|": "&#124;", "`": "&#96;", "[": "&#91;", "]": "&#93;", "\n": " "})
 _LIVE = re.compile(r"(explore|dashboard)\((\w+)")
 
-_FIGURES_JS = """const draw = (figure) => {
-  const spec = JSON.parse(figure.querySelector('script').textContent);
+_FIGURES_JS = """const night = matchMedia('(prefers-color-scheme: dark)');
+const colours = COLOURS;
+const recolour = (value) => typeof value === 'string' ? colours[value] ?? value
+  : Array.isArray(value) ? value.map(recolour)
+  : value && typeof value === 'object' ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, recolour(v)])) : value;
+const draw = (figure) => {
+  const light = JSON.parse(figure.querySelector('script').textContent);
+  const spec = night.matches ? recolour(light) : light;
   const place = figure.querySelector('div');
   Plotly.newPlot(place, spec.data, spec.layout, {responsive: true})
     .then(() => spec.frames && Plotly.addFrames(place, spec.frames));
 };
+const drawn = [];
 const seen = new IntersectionObserver((entries) => entries.filter((e) => e.isIntersecting)
-  .forEach((e) => { seen.unobserve(e.target); draw(e.target); }), {rootMargin: '600px'});
+  .forEach((e) => { seen.unobserve(e.target); draw(e.target); drawn.push(e.target); }), {rootMargin: '600px'});
 document.querySelectorAll('figure.plotly').forEach((figure) => seen.observe(figure));
-"""
+night.addEventListener('change', () => drawn.forEach(draw));
+""".replace("COLOURS", json.dumps(DARK))
 _STYLE = """body { max-width: 1180px; margin: 0 auto !important; padding: 0 16px 48px !important; }
 nav.course { display: flex; gap: 1.5em; padding: 12px 4px; font: 15px system-ui, sans-serif; }
 figure.plotly { margin: 0; min-width: 0; } .live { color: #52606d; font: italic 14px system-ui, sans-serif; margin: 4px 0; }
 math { font-size: 1.05em; } math[display=block] { margin: 0.6em 0; overflow-x: auto; }
 main.index { font: 16px/1.5 system-ui, sans-serif; max-width: 860px; margin: 0 auto; }
 main.index li { margin: 0.7em 0; } main.index small { color: #52606d; display: block; }
-"""
+:root { color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  html:root {
+    --jp-layout-color0: PAPER; --jp-layout-color1: PAPER; --jp-layout-color2: #262b32;
+    --jp-layout-color3: #3a414a; --jp-content-font-color0: #f2f4f7; --jp-content-font-color1: #e6eaef;
+    --jp-content-font-color2: #c3cad2; --jp-content-font-color3: #8b96a3; --jp-ui-font-color0: #f2f4f7;
+    --jp-ui-font-color1: #e6eaef; --jp-border-color0: #3a414a; --jp-border-color1: #3a414a;
+    --jp-border-color2: #2f353d; --jp-border-color3: #2f353d; --jp-cell-editor-background: #21252b;
+    --jp-cell-editor-border-color: #2f353d; --jp-rendermime-table-row-background: #21252b;
+    --jp-rendermime-table-row-hover-background: #2f353d; --jp-rendermime-error-background: #402327;
+    --jp-content-link-color: #6cb6ff; --jp-mirror-editor-keyword-color: #7ee787;
+    --jp-mirror-editor-operator-color: #d2a8ff; --jp-mirror-editor-string-color: #ffa198;
+    --jp-mirror-editor-number-color: #7ee787; --jp-mirror-editor-comment-color: #8fb3b3;
+    --jp-mirror-editor-builtin-color: #7ee787; --jp-mirror-editor-def-color: #79c0ff;
+    --jp-mirror-editor-variable-color: #e6eaef; --jp-mirror-editor-meta-color: #d2a8ff;
+    --jp-mirror-editor-punctuation-color: #79c0ff; --jp-cell-prompt-not-active-font-color: #8b96a3;
+    --jp-cell-inprompt-font-color: #8b96a3; --jp-cell-outprompt-font-color: #8b96a3;
+  }
+  body { background: PAPER; color: #e6eaef; } a { color: #6cb6ff; } .live, main.index small { color: #a3adb8; }
+}
+""".replace("PAPER", DARK_PAPER)
 
 
 def formulas(markdown: str) -> str:

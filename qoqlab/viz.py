@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -44,7 +45,8 @@ _AXIS = {
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 13, "color": _INK},
-        "title": {"x": 0, "xref": "paper", "xanchor": "left", "y": 0.965, "yanchor": "top", "font": {"size": 16}},
+        # at the figure's edge, not the plot's: beside long names on the left a title would have half the width
+        "title": {"x": 0.012, "xref": "container", "xanchor": "left", "y": 0.965, "yanchor": "top", "font": {"size": 16}},
         "colorway": list(PALETTE),
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
@@ -56,13 +58,26 @@ TEMPLATE = go.layout.Template(
     }
 )
 HEIGHT = 420
+#: Longest line of a title, in characters: what fits into a page of 800 pixels.
+TITLE_WIDTH = 76
 #: Largest number of rows and columns that a map keeps; more than a laptop screen can tell apart only makes files heavy.
 MAP_ROWS, MAP_COLUMNS = 64, 192
 
 
 def _layout(figure: go.Figure, title: str, x: str = "", y: str = "", **more: object) -> go.Figure:
-    """Apply the template, the title and the axis titles. JupyterLab ignores a template's height, so the figure has it."""
-    figure.update_layout(**{"template": TEMPLATE, "title_text": title, "height": HEIGHT, "autosize": True, **more})
+    """Apply the template, the title and the axis titles. JupyterLab ignores a template's height, so the figure has it.
+
+    A long title takes two lines, and the figure grows by the second one.
+    """
+    given = {"template": TEMPLATE, "title_text": title, "height": HEIGHT, "autosize": True, **more}
+    if len(title) > TITLE_WIDTH and "<br>" not in title:
+        title = "<br>".join(textwrap.wrap(title, max(TITLE_WIDTH // 2, len(title) // 2 + 8)))  # lines of a length
+    if "<br>" in title:
+        margin = {**TEMPLATE.layout.margin.to_plotly_json(), **cast(dict[str, int], given.get("margin", {}))}
+        # a fraction of the height would cut the first line of a low figure
+        given |= {"title_text": title, "title_y": 1, "title_pad_t": 26, "height": cast(int, given["height"]) + 20}
+        given["margin"] = margin | {"t": margin["t"] + 20}
+    figure.update_layout(**given)
     if x:
         figure.update_xaxes(title_text=x)
     if y:
@@ -231,11 +246,17 @@ def key_strips(keys: torch.Tensor, title: str = "Keys: largest magnitude of ever
                 col=1,
             )
         figure.add_hline(y=float(values.median()), line={"dash": "dash", "width": 1.5, "color": _INK}, row=head + 1, col=1)
-        for channel, text, lift in ((top, f"{top}", 10), (partner, f"{partner} (partner)", 26)):
+        around = [
+            float(v.max()) if len(v) else 0.0 for v in (values[max(0, partner - 12) : partner], values[partner + 1 :][:12])
+        ]
+        crowded = max(around) > float(values[partner])
+        away = "center" if not crowded else "left" if around[0] > around[1] else "right"  # a label lies on no taller bar
+        for channel, text, lift, side in ((top, f"{top}", 10, "center"), (partner, f"{partner} (partner)", 26, away)):
             figure.add_annotation(
                 x=channel,
                 y=float(values[channel]),
                 text=text,
+                xanchor=side,
                 ax=0,
                 ay=-lift,
                 arrowhead=0,
@@ -450,7 +471,7 @@ def waterfall(report: pd.DataFrame, title: str = "What each stage changes, avera
     """
     mean = report.groupby("stage", sort=False)["output_sqnr_db"].mean()
     steps = [float(v) for v in (mean.iloc[0], *mean.diff().iloc[1:], mean.iloc[-1])]
-    names = [*[s.replace("_", " ") for s in mean.index], "finished"]
+    names = [*[s.replace("_", " ").replace(" ", "<br>", 1) for s in mean.index], "finished"]
     last = len(steps) - 1
     figure = go.Figure(
         go.Waterfall(
@@ -468,6 +489,7 @@ def waterfall(report: pd.DataFrame, title: str = "What each stage changes, avera
         )
     )
     low, high = float(mean.min()), float(mean.max())
+    figure.update_xaxes(tickangle=0, tickfont={"size": 12})
     figure.update_yaxes(range=[max(0.0, low - 0.6 * (high - low) - 1), high + 0.2 * (high - low) + 0.5])
     return _layout(figure, title, "stage", "mean output SQNR (dB)", showlegend=False)
 
@@ -481,7 +503,7 @@ def ladder(table: pd.DataFrame, title: str = "Perplexity, rung by rung") -> go.F
     models, steps = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["step"]))
     figure = make_subplots(rows=1, cols=len(models), shared_yaxes=True, horizontal_spacing=0.05)
     log = bool((table["perplexity"] > 5 * table["fp16"]).any())
-    scale = "log scale; " if log else ""
+    measure = "perplexity (log scale)" if log else "perplexity"
     for column, model in enumerate(models, 1):
         part = table[table["model"] == model]
         values = [float(v) for v in part["perplexity"]]
@@ -522,13 +544,13 @@ def ladder(table: pd.DataFrame, title: str = "Perplexity, rung by rung") -> go.F
             span = max(high - low, 0.02 * low)
             axis = {"range": [low - 0.06 * span, high + 0.6 * span]}
         figure.update_xaxes(
-            title_text=f"perplexity of the {model} model<br>({scale}lower is better; dashed: fp16, {reference:.2f})",
+            title_text=f"{measure}<br>{model} model<br>dashed: fp16, {reference:.2f}",
             row=1,
             col=column,
             **axis,
         )
     figure.update_yaxes(categoryorder="array", categoryarray=steps, autorange="reversed")
-    _layout(figure, title, height=170 + 36 * len(steps), showlegend=False)
+    _layout(figure, title, height=190 + 36 * len(steps), showlegend=False)
     return figure.update_yaxes(title_text="recipe", col=1)
 
 
@@ -771,5 +793,5 @@ def with_slider(figures: Mapping[str, go.Figure], prefix: str, start: str | None
 def _moving_parts(figure: go.Figure) -> dict[str, object]:
     """What a frame has to change beside its traces: the title, axis ranges and titles, marks; not template or size."""
     layout: dict[str, object] = figure.layout.to_plotly_json()
-    kept: Sequence[str] = ("title", "annotations", "shapes")
+    kept: Sequence[str] = ("title", "margin", "annotations", "shapes")
     return {k: v for k, v in layout.items() if k in kept or k.startswith(("xaxis", "yaxis"))}

@@ -120,8 +120,15 @@ def speedups(table: pd.DataFrame, title: str, against: str = "cuBLAS in fp16") -
             hovertemplate="%{x:.0f} tokens: %{y:.2f} times as fast<extra>%{fullData.name}</extra>",
         )
     figure.add_hline(y=1, line={"color": _INK, "width": 1.5})
-    _layout(figure, title, "tokens at once, M (log scale)", f"speed relative to {against}", height=480, legend=_below())
-    figure.update_layout(margin={"l": 70, "r": 30, "t": 72, "b": 150})
+    _layout(
+        figure,
+        title,
+        "tokens at once, M (log scale)",
+        f"speed relative to {against}",
+        height=480,
+        legend=_below(),
+        margin={"l": 70, "r": 30, "t": 72, "b": 150},
+    )
     ticks = sorted(set(table["tokens"]))
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(t) for t in ticks])
     low, high = math.log10(table["speedup"].min()), math.log10(table["speedup"].max())
@@ -234,7 +241,9 @@ def bars(table: pd.DataFrame, title: str, x: str, y: str, order: Sequence[str] =
             marker={"color": PALETTE[index % len(PALETTE)]},
             hovertemplate=f"%{{x}}, {group}: %{{y:.3g}}<extra></extra>",
         )
-    _layout(figure, title, x, f"{y} (log scale)", barmode="group", legend=_legend_above(), bargap=0.25)
+    room = {"l": 70, "r": 30, "t": 96, "b": 60}  # for a legend of two lines
+    _layout(figure, title, x, f"{y} (log scale)", barmode="group", legend=_legend_above(), bargap=0.25, margin=room)
     axis = _log_axis([torch.tensor(table["value"].to_list())])
     axis["range"] = [axis["range"][0] - 0.15, axis["range"][1]]  # type: ignore[index]
-    return figure.update_yaxes(**axis).update_xaxes(tickangle=-25, showgrid=False)
+    long = max(map(len, table["name"])) > 8
+    return figure.update_yaxes(**axis).update_xaxes(tickangle=-25 if long else 0, showgrid=False)

@@ -15,6 +15,8 @@ import ipywidgets
 import pandas as pd
 import plotly.graph_objects as go
 
+from . import themes
+
 #: What a control can be made from: ``(low, high)`` or ``(low, high, step)`` numbers, or a list of options.
 Range = tuple[float, ...] | list[Any]
 
@@ -58,7 +60,7 @@ def explore(figure: Callable[..., go.Figure], **ranges: Range) -> Panel:
 
 def _canvas(figure: go.Figure) -> Any:
     """A live figure that follows the width of the page."""
-    canvas = go.FigureWidget(figure)
+    canvas = go.FigureWidget(themes.shown(figure))
     canvas._config = {**canvas._config, "responsive": True}
     return canvas
 
@@ -67,6 +69,7 @@ def _replace(canvas: Any, fresh: go.Figure) -> None:
     """Redraw ``canvas`` as ``fresh``, in one message."""
     if len(fresh.data) != len(canvas.data):
         raise ValueError(f"figure: had {len(canvas.data)} traces, now has {len(fresh.data)}; keep their number fixed")
+    fresh = themes.shown(fresh)
     layout = fresh.layout.to_plotly_json()
     layout.pop("template", None)  # the canvas has it; sending it again would be most of the message
     with canvas.batch_update():

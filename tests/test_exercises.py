@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from qoqlab import affine, baselines, exercises, packing, progressive, recipes, steps
+from qoqlab import affine, baselines, exercises, hadamard, packing, progressive, recipes, steps, transforms
 from qoqlab.progressive import FirstLevel, ProgressiveWeight, Zero
 from qoqlab.recipes import Recipe, Step
 
@@ -91,6 +92,78 @@ def unsigned_word(word, scale, zero):
     return word * scale + (128 - zero * scale) * 0x01010101
 
 
+def fold_attention(q_weight, k_weight, scale, shared=torch.repeat_interleave):
+    rows = shared(scale, q_weight.shape[0] // k_weight.shape[0], 0)
+    return transforms.scale_outputs(q_weight, rows.flatten()), transforms.scale_outputs(k_weight, 1 / scale.flatten())
+
+
+def tiled(scale, times, _dim):
+    return scale.repeat(times, 1)
+
+
+def fold_rotation(producer, gain, consumer, rotation):
+    return rotation.T @ producer, (consumer * gain) @ rotation
+
+
+def reorder(gate, up, down, activation_max, by=transforms.salience_order):
+    order = by(activation_max)
+    return gate[order], up[order], down[:, order]
+
+
+def output_errors(row, inputs, ratios):
+    steps_ = torch.tensor(ratios)[:, None] * row.abs().max() / 7
+    return (((row / steps_).round().clamp(-7, 7) * steps_ - row) @ inputs.T).square().sum(1)
+
+
+def best_ratio(row, inputs, ratios):
+    return ratios[int(output_errors(row, inputs, ratios).argmin())]
+
+
+def error_feedback(weights, hessian, sign=1, divisor=1):
+    first = round(weights[0])
+    return [first, round(weights[1] + sign * (weights[0] - first) * hessian[0][1] / hessian[divisor][divisor])]
+
+
+def clip_error(row, limit):
+    step, beyond = limit / 7, row.abs() > limit
+    errors = ((row / step).round().clamp(-7, 7) * step - row).square()
+    return errors[~beyond].sum(), errors[beyond].sum()
+
+
+def losses(logits, ids):
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+
+
+def perplexity(logits, ids):
+    return losses(logits, ids).mean().exp()
+
+
+def ratio_db(exact, rounded, times=10):
+    return times * torch.log10(exact.square().sum() / (rounded - exact).square().sum())
+
+
+def kv_bytes(layers, kv_heads, head_dim, bits, extra_bits):
+    return 2 * layers * kv_heads * (head_dim * bits + extra_bits) / 8
+
+
+def magic(word, mask=0x000F000F, one=0x64006400, offset=0x64086408):
+    return word & mask | one, offset
+
+
+def linear_scores(query, codes, scales, zeros):
+    return scales * (codes.float() @ query - zeros * query.sum())
+
+
+def merge(a, b, ratio=lambda own, top: math.exp(own - top)):
+    largest = max(a[0], b[0])
+    grown = [ratio(part[0], largest) for part in (a, b)]
+    return largest, a[1] * grown[0] + b[1] * grown[1], a[2] * grown[0] + b[2] * grown[1]
+
+
+def locate(table, token, page_size):
+    return table[token // page_size], token % page_size
+
+
 ROTATE, SMOOTH = Step(steps.rotate), Step(steps.smooth_attention)
 
 
@@ -118,6 +191,21 @@ ANSWERS = [
     (exercises.check_compression, compression),
     (exercises.check_unpack_word, unpack_word),
     (exercises.check_unsigned_word, unsigned_word),
+    (exercises.check_attention_scale, transforms.attention_scale),
+    (exercises.check_fold_attention, fold_attention),
+    (exercises.check_hadamard, hadamard.hadamard),
+    (exercises.check_fold_rotation, fold_rotation),
+    (exercises.check_reorder, reorder),
+    (exercises.check_optimal_clip_error, clip_error),
+    (exercises.check_best_ratio, best_ratio),
+    (exercises.check_error_feedback, error_feedback),
+    (exercises.check_perplexity, perplexity),
+    (exercises.check_sqnr, ratio_db),
+    (exercises.check_kv_bytes, kv_bytes),
+    (exercises.check_magic, magic),
+    (exercises.check_linear_scores, linear_scores),
+    (exercises.check_merge, merge),
+    (exercises.check_locate, locate),
 ]
 
 
@@ -289,6 +377,76 @@ MISTAKES = [
     (exercises.check_unsigned_word, lambda w, s, z: w * s + (128 - z * s), "all four bytes"),
     (exercises.check_unsigned_word, lambda w, s, z: (w * s - z * s * 0x01010101) & 0xFFFFFFFF, "128 is missing"),
     (exercises.check_unsigned_word, lambda w, s, z: (w - z * 0x01010101) * s & 0xFFFFFFFF, "128 is missing"),
+    (exercises.check_attention_scale, lambda k, a: k**a, "turned together"),
+    (exercises.check_attention_scale, lambda k, a: (k.view(-1, 2).amax(1) ** a).repeat_interleave(2), "neighbours"),
+    (exercises.check_attention_scale, lambda k, a: k.view(2, -1).amax(0).repeat(2), "alpha = 1"),
+    (exercises.check_attention_scale, lambda k, a: (k.view(2, -1).amax(0) ** a).repeat(2), "silent pair"),
+    (exercises.check_attention_scale, lambda k, a: k.view(2, -1).amax(0) ** a, "4 factors"),
+    (exercises.check_fold_attention, lambda q, k, s: fold_attention(q, k, 1 / s), "divided"),
+    (exercises.check_fold_attention, lambda q, k, s: fold_attention(q, k, s, tiled), "not repeat"),
+    (exercises.check_fold_attention, lambda q, k, s: (q, fold_attention(q, k, s)[1]), "multiply row c"),
+    (exercises.check_fold_attention, lambda q, k, s: (q, k), "divide row c"),
+    (exercises.check_hadamard, lambda n: hadamard.hadamard(n) * n**0.5, "divide by sqrt"),
+    (exercises.check_hadamard, torch.eye, "every entry"),
+    (exercises.check_hadamard, lambda n: torch.ones(n, n) / n**0.5, "minus"),
+    (exercises.check_hadamard, lambda n: hadamard.hadamard(n).flip(0) if n > 1 else torch.ones(1, 1), "not Sylvester"),
+    (exercises.check_fold_rotation, lambda p, g, c, r: (r @ p, (c * g) @ r), "wrong way round"),
+    (exercises.check_fold_rotation, lambda p, g, c, r: (p, (c * g) @ r), "has to write"),
+    (exercises.check_fold_rotation, lambda p, g, c, r: (r.T @ p, c @ r), "gain is lost"),
+    (exercises.check_fold_rotation, lambda p, g, c, r: (r.T @ p, (c @ r) * g), "after the rotation"),
+    (exercises.check_fold_rotation, lambda p, g, c, r: (r.T @ p, (c * g) @ r.T), "output changed"),
+    (exercises.check_reorder, lambda g, u, d, m: reorder(g, u, d, -m), "loudest first"),
+    (exercises.check_reorder, lambda g, u, d, m: reorder(g, u, d, m, lambda v: v.argsort().argsort()), "rank as an index"),
+    (exercises.check_reorder, lambda g, u, d, m: (g, u, reorder(g, u, d, m)[2]), "up_proj still writes"),
+    (exercises.check_reorder, lambda g, u, d, m: (g, *reorder(g, u, d, m)[1:]), "gate_proj multiplies"),
+    (exercises.check_optimal_clip_error, lambda r, m: (clip_error(r, m)[0], 0.0), "clipping error"),
+    (exercises.check_optimal_clip_error, lambda r, m: (clip_error(r, m)[0], (r.abs() - m).relu().sum()), "squared one"),
+    (exercises.check_optimal_clip_error, lambda r, m: (sum(clip_error(r, m)), clip_error(r, m)[1]), "that is everything"),
+    (exercises.check_best_ratio, lambda r, x, q: q[0], "input 0 is always 0"),
+    (exercises.check_best_ratio, lambda r, x, q: best_ratio(r, torch.eye(len(r)), q), "input 0 is always 0"),
+    (exercises.check_best_ratio, lambda r, x, q: q[-1], "input 0 is the loud one"),
+    (exercises.check_error_feedback, lambda w, h: [round(v) for v in w], "lost by the first"),
+    (exercises.check_error_feedback, lambda w, h: error_feedback(w, h, sign=-1), "lost by the first|wrong way"),
+    (exercises.check_error_feedback, lambda w, h: error_feedback(w, h, divisor=0), "second input is loud"),
+    (exercises.check_perplexity, lambda x, i: torch.nn.functional.cross_entropy(x, i).exp(), "predicts token"),
+    (exercises.check_perplexity, lambda x, i: losses(x, i).mean(), "is the mean negative"),
+    (exercises.check_perplexity, lambda x, i: losses(x, i).exp().mean(), "not mean of exp"),
+    (exercises.check_sqnr, lambda e, r: ratio_db(e, r, 5), "mind the squares"),
+    (exercises.check_sqnr, lambda e, r: -ratio_db(e, r), "signal over error"),
+    (exercises.check_sqnr, lambda e, r: ratio_db(e, r, 20), "already powers"),
+    (
+        exercises.check_sqnr,
+        lambda e, r: -10 * torch.log10(((r - e)[e != 0] / e[e != 0]).square().mean()),
+        "whole tensor",
+    ),
+    (exercises.check_kv_bytes, lambda n, h, d, b, x: kv_bytes(n, h, d, b, x) / 2, "the value takes as many"),
+    (exercises.check_kv_bytes, lambda n, h, d, b, x: kv_bytes(n, h, d, b, 0) + x / 8, "a scale and zero each"),
+    (exercises.check_kv_bytes, lambda n, h, d, b, x: 2 * n * h * d * (b + x) / 8, "not per channel"),
+    (exercises.check_magic, lambda w: (w & 0x000F000F, 0x00080008), "without an exponent"),
+    (exercises.check_magic, lambda w: magic(w, one=0x6400), "as well"),
+    (exercises.check_magic, lambda w: magic(w, mask=0x00FF00FF), "more than one nibble"),
+    (exercises.check_magic, lambda w: magic(w, mask=0x00F000F0), "1027 and 1029"),
+    (exercises.check_magic, lambda w: magic(w, offset=0x6408), "from both halves"),
+    (exercises.check_magic, lambda w: magic(w, offset=0x64006400), "8 more is centred"),
+    (exercises.check_magic, lambda w: (1024 + (w & 15), 1032), "exponent of 1024 as well"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (s[:, None] * (c.float() - z[:, None])) @ q, "right, but"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q) * s, "zero is missing"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q - z) * s, "not z"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q) * s - z * q.sum(), "scaled as well"),
+    (exercises.check_linear_scores, lambda q, c, s, z: (c.float() @ q + z * q.sum()) * s, "token 0 scores"),
+    (exercises.check_merge, lambda a, b: (max(a[0], b[0]), a[1] + b[1], a[2] + b[2]), "relative to their own maxima"),
+    (exercises.check_merge, lambda a, b: (*merge(a, b)[:2], a[2] + b[2]), "values are not"),
+    (exercises.check_merge, lambda a, b: (b[0], *merge(a, b)[1:]), "whichever comes first"),
+    (exercises.check_merge, lambda a, b: (max(a[0], b[0]), (a[1] + b[1]) / 2, (a[2] + b[2]) / 2), "sums just add"),
+    (
+        exercises.check_merge,
+        lambda a, b: merge(a, b, lambda own, top: torch.tensor(own).exp() / torch.tensor(top).exp()),
+        "overflows",
+    ),
+    (exercises.check_locate, lambda table, token, size: divmod(token, size), "the table says which"),
+    (exercises.check_locate, lambda table, token, size: (table[0], token), "first of the next page"),
+    (exercises.check_locate, lambda table, token, size: (table[token // size], token), "next page|within the page|page 2"),
+    (exercises.check_locate, lambda table, token, size: (table[token // 64], token % 64), "pages of 16"),
 ]
 
 

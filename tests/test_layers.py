@@ -13,7 +13,7 @@ PACKAGE = ROOT / "qoqlab"
 
 #: Top to bottom. A module may import from every line above, and from names further left on its own line.
 LAYERS = [
-    ["grids", "checks", "tensorfile"],
+    ["grids", "checks", "tensorfile", "progress"],
     ["affine", "packing"],
     ["progressive", "grouped", "kv", "hadamard", "transforms", "exact"],
     ["reference", "paged", "arithmetic", "cached_attention"],
@@ -31,15 +31,28 @@ LAYERS = [
         "viz",
         "viz_serving",
         "viz_explorers",
+        "viz_methods",
         "viz_kernels",
+        "themes",
         "explorers",
-        "exercises",
     ],
+    ["exercises_kernels", "exercises_methods", "exercises"],
     ["widgets"],
     ["tour", "cli", "classroom", "site"],
 ]
 #: Modules that may import plotly.
-FIGURES = {"viz", "viz_serving", "viz_explorers", "viz_kernels", "explorers", "widgets", "tour", "site"}
+FIGURES = {
+    "viz",
+    "viz_serving",
+    "viz_explorers",
+    "viz_methods",
+    "viz_kernels",
+    "themes",
+    "explorers",
+    "widgets",
+    "tour",
+    "site",
+}
 ORDER = [name for layer in LAYERS for name in layer]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

@@ -34,9 +34,14 @@ def test_there_are_notebooks():
         "00_map",
         "01_outliers",
         "02_progressive_weights",
+        "03_smooth_attention",
+        "04_rotation_smoothing_reordering",
+        "05_clipping_and_gptq",
+        "06_whole_model",
         "07_whole_comparison",
         "08_why_w4a8kv4",
         "09_gemm_kernel",
+        "10_kv4_kernel",
         "11_your_own_model",
     } <= {p.stem for p in NOTEBOOKS}
 

@@ -1,0 +1,56 @@
+"""Figures of the method's stages: titles, sizes, marks at minima, and no lost outlier."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+
+from qoqlab import viz, viz_methods
+
+MAP = torch.rand(100, 100, generator=torch.Generator().manual_seed(0)).tril()
+ERRORS = pd.DataFrame({"method": ["a", "b"], "layer": [0, 0], "weight_db": [16.0, 20.0], "output_db": [25.0, 19.0]})
+FIGURES = {
+    "vectors": lambda: viz_methods.vectors({"x": torch.tensor([1.0, -2.0]), "y": torch.tensor([0.0, 1.0])}, "title"),
+    "error_curves": lambda: viz_methods.error_curves([0.0, 0.5, 1.0], {"a": [3.0, 1.0, 2.0]}, "title", "knob", "error"),
+    "attention_maps": lambda: viz_methods.attention_maps(MAP, {"plain": MAP / 3, "smoothed": MAP / 9}, "title"),
+    "positions": lambda: viz_methods.positions({"a": torch.arange(256.0)}, 128, "title", "largest |x|"),
+    "two_errors": lambda: viz_methods.two_errors(ERRORS, "title"),
+    "recipe_result": lambda: viz_methods.recipe_result(
+        {"rtn": pd.Series([10.0, 11.0]), "mine": pd.Series([12.0, 13.0])}, {"rtn": 30.0, "mine": 22.0, "fp16": 20.0}, "title"
+    ),
+}
+
+
+def test_every_figure_is_covered():
+    own = {n for n, f in vars(viz_methods).items() if getattr(f, "__module__", "") == viz_methods.__name__}
+    assert {n for n in own if not n.startswith("_")} == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_template_titles_and_size(name):
+    figure = FIGURES[name]()
+    layout = figure.to_plotly_json()["layout"]
+    assert figure.layout.template.layout.colorway == viz.PALETTE and figure.layout.title.text == "title"
+    for letter in "xy":
+        assert any(v.get("title", {}).get("text") for k, v in layout.items() if k.startswith(f"{letter}axis"))
+    assert len(figure.to_json()) < 330_000
+
+
+def test_a_star_marks_the_minimum():
+    line, star = FIGURES["error_curves"]().data
+    assert list(star.x) == [0.5] and list(star.y) == [1.0] and len(line.x) == 3
+    _, unmarked = viz_methods.error_curves([0.0, 1.0], {"a": [2.0, 1.0]}, "t", "x", "y", marked=()).data
+    assert not len(unmarked.x or ()), "as many traces, without a star"
+
+
+def test_errors_of_maps_share_one_scale_and_lonely_ones_survive():
+    lonely = torch.zeros(200, 200)
+    lonely[150, 7] = 0.9
+    _, plain, smoothed = viz_methods.attention_maps(MAP, {"plain": lonely, "smoothed": lonely / 9}, "t").data
+    assert plain.zmax == smoothed.zmax and float(plain.z.max()) == pytest.approx(0.9)
+
+
+def test_groups_are_told_apart():
+    even, odd = FIGURES["positions"]().data
+    assert list(even.x) == list(range(128)) and list(odd.x) == list(range(128, 256))
