@@ -77,17 +77,16 @@ def three_ways(result: QuantizedModel, prompts: list[torch.Tensor], said: list[l
 
 
 def test_greedy_tokens_are_those_of_runtime_mode(bundled) -> None:
-    """Several prompts at once. Where fp16 rounds differently a code falls to its neighbour, and all that follows moves: how
-    far two references are apart is measured; where the two best tokens are further apart, they are the same."""
+    """Several prompts at once. Where fp16 rounds differently a code falls to its neighbour, and all that follows moves. So
+    the kernels must be as near to runtime mode as the same engine in plain torch is, in logits and in likeliest tokens."""
     result, prompts = bundled
     fast = runtime.compile(result, "cuda", 4, 512)
     said = fast.generate(prompts, STEPS)
     got, plain, want = three_ways(result, prompts, said, (4, 512))
     assert distance(got, want) <= 1.2 * distance(plain, want)
-    noise = (plain - want).abs().amax(-1).median()
-    best = want.topk(2).values
-    sure = best[..., 0] - best[..., 1] > 3 * noise
-    assert torch.equal(got.argmax(-1)[sure], want.argmax(-1)[sure]) and sure.float().mean() > 0.3
+    likeliest = want.argmax(-1)
+    agree, agreed = ((x.argmax(-1) == likeliest).float().mean() for x in (got, plain))
+    assert agree >= agreed - 0.02
     assert fast.generate(prompts, STEPS) == said  # repeats bit for bit
 
 
