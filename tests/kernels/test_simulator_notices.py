@@ -60,8 +60,8 @@ def test_what_hardware_leaves_undefined_is_an_error(simulator: Simulator, versio
         ("v5", "announces no bytes"),
         ("v5", "never waits"),
         ("v5", "swaps scale and offset"),
-        ("v5", "counts no arrivals"),
-        ("v4", "counts no arrivals"),
+        ("v5", "tells nobody"),
+        ("v4", "tells nobody"),
         ("v3", "swaps scale and offset"),
     ],
 )
