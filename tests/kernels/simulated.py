@@ -14,7 +14,6 @@ import warnings
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import qoqlab_kernels as qk
 import torch
 from qoqlab_kernels import cases, emulation, fused, gemm, launch, layout, matmul, ptx
