@@ -100,6 +100,15 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: 
     return seen[0].transpose(0, 1)
 
 
+def heads_of(qkv: torch.Tensor, shape: Shape, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries ``[M, Hq, D]``, keys and values ``[M, Hkv, D]`` side by side in ``qkv``, after the heads' RMSNorms."""
+    sizes = [shape.heads, shape.kv_heads, shape.kv_heads]
+    query, key, value = qkv.unflatten(-1, (-1, shape.head_dim)).split(sizes, 1)
+    if norms is not None:
+        query, key = exact.rms_norm(query, norms[0], norms[2]), exact.rms_norm(key, norms[1], norms[2])
+    return query, key, value
+
+
 class ReferenceAttention:
     """`Attention` in plain torch, sequence by sequence."""
 
@@ -131,11 +140,8 @@ class ReferenceAttention:
             self.cache.reserve(sequence, total)
 
     def _heads(self, layer: int, qkv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        sizes = [self.shape.heads, self.shape.kv_heads, self.shape.kv_heads]
-        query, key, value = qkv.unflatten(-1, (-1, self.shape.head_dim)).split(sizes, 1)
-        norms, at = self.norms[layer], batch.positions.long()
-        if norms is not None:
-            query, key = exact.rms_norm(query, norms[0], norms[2]), exact.rms_norm(key, norms[1], norms[2])
+        query, key, value = heads_of(qkv, self.shape, self.norms[layer])
+        at = batch.positions.long()
         cos, sin = self.cos[at][:, None], self.sin[at][:, None]
         return exact.rotate(query, cos, sin), exact.rotate(key, cos, sin), value
 
@@ -200,16 +206,6 @@ class KernelAttention:
         for sequence, total in zip(sequences, totals, strict=True):
             self.cache.reserve([sequence], total - self.cache.length(0, sequence))
 
-    def _normed(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """``qkv`` after the RMSNorms of its heads, where the model has them."""
-        norms, shape = self.norms[layer], self.shape
-        if norms is None:
-            return qkv
-        heads = qkv.unflatten(-1, (-1, shape.head_dim))
-        query, key, value = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], 1)
-        query, key = exact.rms_norm(query, norms[0], norms[2]), exact.rms_norm(key, norms[1], norms[2])
-        return torch.cat([query, key, value], 1).flatten(1)
-
     def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """See `Attention`."""
         parts = (t.split(list(batch.counts)) for t in self._append(layer, qkv, batch))
@@ -232,7 +228,8 @@ class KernelAttention:
 
     def _append(self, layer: int, qkv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values into the cache; query ``[M, Hq, D]`` and key ``[M, Hkv, D]``, turned, and value."""
-        qkv = self._normed(layer, qkv)
+        if self.norms[layer] is not None:
+            qkv = torch.cat(heads_of(qkv, self.shape, self.norms[layer]), 1).flatten(1)
         query, key = self.kernels.rope_kv4_append(
             self.cache, layer, batch.slots, qkv, self.cos, self.sin, positions=batch.positions
         )

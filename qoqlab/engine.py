@@ -255,7 +255,7 @@ class Engine:
         """Take in prompts of any lengths, all tokens in the same GEMMs: (a sequence for each, logits ``[B, V]`` after each).
 
         Raises ValueError for an empty prompt, one that is longer than ``max_tokens``, a token outside the vocabulary, more
-        prompts than ``max_batch`` has room for; a RuntimeError (`paged.PagesExhausted` on a CPU) where the cache is full.
+        prompts than ``max_batch`` has room for; `allocator.PagesExhausted` where the cache is full.
         """
         ids = [self._checked(prompt) for prompt in prompts]
         if not ids or len(self.lengths) + len(ids) > self.max_batch:
@@ -294,7 +294,7 @@ class Engine:
         """Append one token to each of several different sequences: fp32 logits ``[B, V]`` for what follows.
 
         Raises KeyError for a sequence that is not open, ValueError for one named twice or at ``max_tokens``, or for tokens
-        that do not fit; a RuntimeError (`paged.PagesExhausted` on a CPU) where the cache is full.
+        that do not fit; `allocator.PagesExhausted` where the cache is full.
         """
         ids = torch.as_tensor(tokens)
         self._check_batch(sequences, ids)

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from . import reference
+from .allocator import PageAllocator
 from .kv import KVFormat, QuantizedKV
 from .packing import pack_u4, unpack_u4
 
 #: Tokens in a page.
 PAGE = 64
-
-
-class PagesExhausted(RuntimeError):
-    """No page is left; the caller has to wait for a sequence to end."""
 
 
 class PagedCache:
@@ -46,14 +43,14 @@ class PagedCache:
         self.codes = torch.zeros(*shape, width, dtype=torch.uint8 if self.form else dtype, device=device)
         self.scales = torch.zeros(*shape, dtype=torch.float16, device=device) if self.form else None
         self.zeros = torch.zeros(*shape, dtype=torch.float16, device=device) if self.form else None
-        self._free = list(range(pages))[::-1]
+        self.allocator = PageAllocator(pages)
         self._pages: dict[int, list[int]] = {}
         self._next = 0
 
     @property
     def free_pages(self) -> int:
         """Pages that no sequence holds."""
-        return len(self._free)
+        return self.allocator.free
 
     def open(self) -> int:
         """A new, empty sequence."""
@@ -63,17 +60,13 @@ class PagedCache:
 
     def free(self, sequence: int) -> None:
         """End a sequence and take its pages back. Raises KeyError where it is not open."""
-        self._free += self._held(sequence)[::-1]
+        self.allocator.drop(self._held(sequence))
         del self._pages[sequence]
 
     def reserve(self, sequence: int, tokens: int) -> None:
-        """Make room for ``tokens`` in all. Raises `PagesExhausted`, changing nothing, where pages do not suffice."""
+        """Make room for ``tokens`` in all. Raises `allocator.PagesExhausted`, changing nothing, where pages are short."""
         held = self._held(sequence)
-        missing = -(-tokens // PAGE) - len(held)
-        if missing > len(self._free):
-            raise PagesExhausted(f"pages: {missing} more are needed for {tokens} tokens, {len(self._free)} are free")
-        for _ in range(missing):
-            held.append(self._free.pop())
+        held += self.allocator.take(max(0, -(-tokens // PAGE) - len(held)))
 
     def _held(self, sequence: int) -> list[int]:
         if sequence not in self._pages:

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qoqlab import generate, load_text, load_tiny, paged, quantize, runtime, tokens
+from qoqlab.allocator import PagesExhausted
 from qoqlab.arithmetic import kernel_problem, side_by_side
 from qoqlab.attention import Mode
 from qoqlab.cached_attention import causal
 from qoqlab.engine import Sampling
 from qoqlab.hf import KV4Cache
 from qoqlab.kv import KVFormat
-from qoqlab.paged import PAGE, PagedCache, PagesExhausted
+from qoqlab.paged import PAGE, PagedCache
 from qoqlab.recipes import get
 from qoqlab.schemes import Scheme
 
@@ -215,10 +216,11 @@ def test_max_tokens_is_a_limit(engine) -> None:
 
 
 def test_a_full_cache_refuses_and_keeps_nothing(engine) -> None:
-    engine.attend.cache._free = engine.attend.cache._free[:2]
-    with pytest.raises(PagesExhausted, match="pages: 2 more are needed for 65 tokens, 1 are free"):
+    taken = engine.attend.cache.allocator.take(engine.attend.cache.free_pages - 2)
+    with pytest.raises(PagesExhausted, match=r"pages: 2 asked for, 1 of \d+ free"):
         engine.prefill([PROMPTS[0], [1] * 65])
     assert engine.attend.cache.free_pages == 2 and not engine.lengths
+    engine.attend.cache.allocator.drop(taken)
 
 
 @settings(max_examples=20)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "qoqlab"
 LAYERS = [
     ["grids", "checks", "tensorfile", "progress"],
     ["affine", "packing"],
-    ["progressive", "grouped", "kv", "hadamard", "transforms", "exact"],
+    ["progressive", "grouped", "kv", "hadamard", "transforms", "exact", "allocator"],
     ["reference", "paged", "arithmetic", "cached_attention"],
     ["schemes", "clipping", "gptq"],
     ["architecture", "online", "attention", "capture", "offload", "bundled"],

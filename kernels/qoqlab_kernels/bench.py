@@ -182,19 +182,13 @@ def operands(n: int, k: int, name: str, most_tokens: int, cache_bytes: int, seed
 def checked_time(
     calls: Sequence[Callable[[], Any]], outputs: Sequence[torch.Tensor], want: torch.Tensor, about_us: float
 ) -> float:
-    """Microseconds per call, after every call gave the exact result into poisoned memory, and again while timed."""
-    for when in ("before", "while"):
-        for out in outputs:
-            out.fill_(torch.nan)
-        if when == "before":
-            for call in calls:
-                call()
-        else:
-            us = measure.graph_time(calls, about_us)
-        wrong = [int((out != want).sum()) for out in outputs]
-        if any(wrong):
-            raise measure.WrongResult(f"{max(wrong)} of {want.numel()} results are wrong {when} timing")
-    return us
+    """`measure.checked_time` of calls that give an exact result."""
+
+    def problem(out: torch.Tensor) -> str:
+        wrong = int((out != want).sum())
+        return f"{wrong} of {want.numel()} results are wrong" if wrong else ""
+
+    return measure.checked_time(calls, outputs, problem, about_us)
 
 
 def time_plan(plan: Plan, form: gemm.Form, data: Operands, m: int, about_us: float) -> float:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from qoqlab.allocator import PageAllocator
 from qoqlab.checks import require_count, require_finite, require_float, shape_of
 from qoqlab.grids import UINT4, UINT8, Grid
 from qoqlab.kv import QuantizedKV, quantize_kv
 
-from .allocator import PageAllocator
 from .pages import ChunkLayout, byte_tables, token_bytes, token_numbers
 
 #: Keys or values as a page holds them: codes with their scales and zeros, or fp16 numbers.

@@ -164,6 +164,31 @@ def rounds_for(calls: int, about_us: float, aim_us: float = 2000.0) -> int:
     return min(16, max(1, round(aim_us / (about_us * calls))))
 
 
+def checked_time(
+    calls: Sequence[Callable[[], Any]],
+    outputs: Sequence[torch.Tensor],
+    problem: Callable[[torch.Tensor], str],
+    about_us: float,
+) -> float:
+    """Microseconds per call, after every call was right into poisoned memory, and again while timed.
+
+    ``problem``: what is wrong with an output, "" if nothing is. Raises `WrongResult` with its words.
+    """
+    us = 0.0
+    for when in ("before", "while"):
+        for out in outputs:
+            out.fill_(torch.nan)
+        if when == "before":
+            for call in calls:
+                call()
+        else:
+            us = graph_time(calls, about_us)
+        for found in map(problem, outputs):
+            if found:
+                raise WrongResult(f"{found} {when} timing")
+    return us
+
+
 def graph_time(calls: Sequence[Callable[[], Any]], about_us: float = 1e9, replays: int = 15) -> float:
     """Microseconds per call: median over replays of a CUDA graph that makes the ``calls`` in turn."""
     for call in calls:  # compiled, loaded and warm before the capture

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from qoqlab_kernels import pages
-from qoqlab_kernels.allocator import PagesExhausted
 from qoqlab_kernels.pages import HEAD_DIMS, PAGE_SIZES, ChunkLayout
 
+from qoqlab.allocator import PagesExhausted
 from qoqlab.kv import QuantizedKV, quantize_kv, quantize_kv4
 
 LAYOUTS = [(d, size) for d in HEAD_DIMS for size in PAGE_SIZES]

@@ -12,15 +12,9 @@ from qoqlab_kernels.kv4 import Form
 from qoqlab.kv import quantize_kv4
 
 from .attended import attend, expected, filled
+from .gpus import on_a_gpu
 
-HERE = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not HERE or torch.cuda.get_device_capability() < (8, 0),
-        reason="needs an NVIDIA GPU of compute capability 8.0 or newer",
-    ),
-]
+pytestmark = on_a_gpu
 
 
 def check(form: Form, kv_heads: int, lengths: list[int], plan: AttentionPlan | None = None, **options: object) -> None:

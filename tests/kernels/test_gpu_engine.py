@@ -15,15 +15,9 @@ from qoqlab.pipeline import QuantizedModel
 
 from ..families import cast_parameters
 from .engines import pair
+from .gpus import on_a_gpu
 
-HERE = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not HERE or torch.cuda.get_device_capability() < (8, 0),
-        reason="needs an NVIDIA GPU of compute capability 8.0 or newer",
-    ),
-]
+pytestmark = on_a_gpu
 STEPS = 256
 
 

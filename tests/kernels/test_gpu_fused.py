@@ -16,14 +16,10 @@ from qoqlab.attention import Mode
 from qoqlab.grids import INT8, Zero
 from qoqlab.runtime import QuantLinear
 
+from .gpus import on_a_gpu
 from .joined import own_operands
 
-HERE = torch.cuda.is_available()
-CAPABILITY = torch.cuda.get_device_capability() if HERE else (0, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HERE or CAPABILITY < (8, 0), reason="needs an NVIDIA GPU of compute capability 8.0 or newer"),
-]
+pytestmark = on_a_gpu
 DTYPES = [torch.float16, torch.bfloat16]
 SHAPES = [(1, 32), (9, 160), (17, 1056), (133, 4096), (600, 4096), (5, 14336), (2, 53248)]
 TURNS = [(128, 32, 8), (64, 9, 3), (128, 64, 8)]

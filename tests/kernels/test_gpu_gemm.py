@@ -19,13 +19,9 @@ from qoqlab.affine import Affine
 from qoqlab.progressive import ProgressiveWeight
 
 from .expected import product
+from .gpus import CAPABILITY, on_a_gpu
 
-HERE = torch.cuda.is_available()
-CAPABILITY = torch.cuda.get_device_capability() if HERE else (0, 0)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HERE or CAPABILITY < (8, 0), reason="needs an NVIDIA GPU of compute capability 8.0 or newer"),
-]
+pytestmark = on_a_gpu
 VERSIONS = ["v1", "v2", "v3", "v4", *(["v5"] if CAPABILITY == (9, 0) else [])]
 hopper = pytest.mark.skipif(CAPABILITY != (9, 0), reason="v5 needs a GPU of compute capability 9.0")
 GUARD = 4096  # elements of poison before and after an output

@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from qoqlab_kernels.allocator import PageAllocator, PagesExhausted
+
+from qoqlab.allocator import PageAllocator, PagesExhausted
 
 
 class Machine(RuleBasedStateMachine):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from qoqlab.checks import require_count
+from .checks import require_count
 
 
 class PagesExhausted(RuntimeError):
