@@ -10,12 +10,15 @@ Clusters are not emulated: the simulator runs one block at a time.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.np.numpy_support import as_dtype
 
 #: Seconds after which a thread that waits is taken to wait for ever.
 PATIENCE = 60.0
@@ -74,6 +77,24 @@ class Barrier:
 
 
 _creation = threading.Lock()
+
+
+def shared_array(shared: Any, shape: int, dtype: Any, alignment: None = None) -> np.ndarray:
+    """numba's `cuda.shared.array`, for `launch.simulate`, with the same rule: an array belongs to the line that asks for it.
+
+    numba's own looks for the array and makes it without a lock, so two threads can end up with one each.
+    """
+    kind = as_dtype(dtype) if isinstance(dtype, types.Type) else np.dtype(dtype)
+    if not shape:  # dynamic shared memory, which everybody shares
+        return shared._dynshared[: shared._dynshared.size // kind.itemsize * kind.itemsize].view(kind)
+    asking = sys._getframe(1)
+    line = (asking.f_code.co_filename, asking.f_lineno)
+    with _creation:
+        if line not in shared._allocations:
+            made = np.empty(shape, kind)
+            made.reshape(-1).view(np.uint8)[:] = POISON
+            shared._allocations[line] = made
+        return shared._allocations[line]
 
 
 def _block() -> Block:
