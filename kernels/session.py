@@ -10,7 +10,7 @@ tune        the fastest plans for the four layers -> RESULTS/tuned.json
 bench       the benchmark, with these plans -> RESULTS/gemm.json
 kv4_decode, elementwise, decode
             the other benchmarks -> RESULTS/<step>.json
-ncu         Nsight Compute on four launches -> RESULTS/ncu.txt
+ncu         Nsight Compute on five launches -> RESULTS/ncu.txt
 
 Each step is a process of its own with a time limit, its output in RESULTS/<step>.txt; a step that fails or runs out of time
 does not keep the others from running. A table comes last. Works from a checkout that is not installed, and where numba-cuda
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -57,7 +58,15 @@ STEPS = {
 }
 #: Bytes that L2 serves, bytes that multiprocessors get from it.
 METRICS = "lts__t_bytes.sum,l1tex__m_xbar2l1tex_read_bytes.sum"
-SECTIONS = ("ComputeWorkloadAnalysis", "SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "LaunchStats", "Occupancy")
+SECTIONS = (
+    "ComputeWorkloadAnalysis",
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "SchedulerStats",
+    "WarpStateStats",
+    "LaunchStats",
+    "Occupancy",
+)
 
 
 def command(step: str, out: Path, commit: str) -> list[str]:
@@ -73,7 +82,7 @@ def command(step: str, out: Path, commit: str) -> list[str]:
     if step == "ncu":
         chosen = [word for section in SECTIONS for word in ("--section", section)]
         names = ["--kernel-name-base", "mangled", "--kernel-name", "regex:qoqlab_kernels4gemm"]
-        return ["ncu", "--clock-control", "none", *names, "--launch-count", "4", *chosen, "--metrics", METRICS, *own]
+        return ["ncu", "--clock-control", "none", *names, "--launch-count", "5", *chosen, "--metrics", METRICS, *own]
     return own
 
 
@@ -191,18 +200,18 @@ def check_rest() -> None:
 
 
 def profile() -> None:
-    """A launch for few tokens, some and many, and one whose blocks share activations, for Nsight Compute."""
+    """Launches for few tokens, some and many, and one tile with and without sharing activations, for Nsight Compute."""
     import torch
     from qoqlab_kernels import bench, gemm, matmul, measure
     from qoqlab_kernels.plan import Plan
 
     measure.require_gpu()
     form = gemm.Form(1)
-    for m, alone in ((16, True), (128, True), (128, False), (512, True)):
+    alone = Plan("v5", 128, 2, gemm.stages_that_fit(128, 2, form.unit), 1, 112)
+    for m, plan in ((16, None), (128, None), (128, alone), (128, replace(alone, cluster=2, workers=56)), (512, None)):
         data = bench.operands(28672, 4096, "g128", m, 1, 0)
         w = data.weights[0]
-        shared = Plan("v5", 128, 2, gemm.stages_that_fit(128, 2, form.unit), 2, 56)
-        matmul.run(matmul.plan(m, w) if alone else shared, form, data.tiled(m)[0], w, None, data.outputs(m)[0])
+        matmul.run(plan or matmul.plan(m, w), form, data.tiled(m)[0], w, None, data.outputs(m)[0])
         torch.cuda.synchronize()
 
 
