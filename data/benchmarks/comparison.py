@@ -1,11 +1,11 @@
 """Every method of the paper's tables on the bundled model, as it is and with planted outliers.
 
-    python data/benchmarks/comparison.py --wikitext WIKITEXT_2_TEST_TXT --out data/benchmarks/comparison.csv
+    python data/benchmarks/comparison.py --wikitext WIKITEXT_2_FOLDER --out data/benchmarks/comparison.csv
 
 One row per model, method and text. Texts: Python's documentation, which calibration also uses (other topics of it), and
-WikiText-2, if its test file is given, which is unlike anything that the model was trained on (the file as it is: its lines
-are joined by one newline; `load_text` joins them by two, as published perplexities do). Takes half an hour on two CPU
-cores. A JSON file beside the table says with which versions.
+WikiText-2, if its folder is given, which is unlike anything that the model was trained on (its test split as
+`qoqlab.load_text` reads it, as published perplexities do). Takes half an hour on two CPU cores; ``--jobs`` measures several
+methods at a time. A JSON file beside the table says with which versions.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import time
 from datetime import date
 from pathlib import Path
 
+import joblib
 import pandas as pd
 import torch
 import transformers
 
 import qoqlab
 from qoqlab.bundled import spread
+from qoqlab.comparison import resolve
 from qoqlab.tour import ACTIVATION_RATIO, KEY_RATIO, LENGTH, TEST_WINDOWS
 
 CALIBRATION_WINDOWS = 16
@@ -34,19 +36,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="methods that are measured at the same time")
+    parser.add_argument("--commit", help="recorded where the code runs outside a git checkout")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these again and replace their rows in OUT")
     options = parser.parse_args()
     model, tokenizer = qoqlab.load_tiny()
     models = {"bundled": model, "planted": qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)}
     texts = {"Python documentation": qoqlab.load_text("python-docs", "test")}
     if options.wikitext:
-        texts["WikiText-2"] = options.wikitext.read_text(encoding="utf-8")
+        texts["WikiText-2"] = qoqlab.load_text("wikitext-2", "test", path=options.wikitext)
     tests = {name: spread(qoqlab.tokens(tokenizer, text, LENGTH), TEST_WINDOWS) for name, text in texts.items()}
     calibration = spread(
         qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH), CALIBRATION_WINDOWS
     )
     start = time.perf_counter()
-    table = qoqlab.compare(options.only or "paper", models, calibration, tests)
+    one = joblib.delayed(qoqlab.compare)
+    recipes = resolve(options.only or "paper")
+    pairs = [({name: network}, [recipe]) for name, network in models.items() for recipe in recipes]
+    parts = joblib.Parallel(n_jobs=options.jobs)(one(recipe, network, calibration, tests) for network, recipe in pairs)
+    table = pd.concat(parts, ignore_index=True)
     if options.only:
         before = pd.read_csv(options.out)
         order = list(dict.fromkeys(before["method"]))
@@ -59,8 +67,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     facts = {
         "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "command": "python data/benchmarks/comparison.py --wikitext WIKITEXT_2_TEST_TXT --out FILE",
+        "commit": options.commit or commit.stdout.strip(),
+        "command": f"python data/benchmarks/comparison.py --wikitext WIKITEXT_2_FOLDER --jobs {options.jobs} --out FILE",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

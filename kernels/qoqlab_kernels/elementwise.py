@@ -25,11 +25,27 @@ from .launch import Program
 from .layout import UNIT_K, blocks
 from .ptx import device, f32, i32, u32, u64
 
-#: What each operation reads and does: "norm" x; "add_norm" x + residual, written too; "silu" gate and up.
-OPERATIONS = ("norm", "add_norm", "silu")
+#: What each operation reads and does: "plain" and "norm" x; "add_norm" x + residual, written too; "silu" gate and up.
+OPERATIONS = ("plain", "norm", "add_norm", "silu")
 PIECE_BYTES = 2 * exact.PIECE
 #: Pieces a thread up to which gains, or the values of ``up``, wait in registers beside the values.
 HELD = 4
+#: Blocks have at least and at most this many threads; a multiprocessor of compute capability 9.0 holds so many, one of 8.9
+#: a quarter less.
+FEWEST_THREADS, MOST_THREADS, RESIDENT_THREADS = 64, 1024, 2048
+#: Pieces a thread up to which 32 registers do, so that a multiprocessor is filled with threads.
+NARROW = 2
+
+
+def threads_for(m: int, k: int, processors: int) -> int:
+    """Threads of a block, a power of two: one for each piece while all tokens run at once, two pieces each beyond; where
+    multiprocessors have several tokens no more than half of the most, unless a thread would hold over 8 pieces."""
+    pieces = blocks(k, UNIT_K) * UNIT_K // exact.PIECE
+    few = m <= processors or pieces > 4 * MOST_THREADS
+    wanted = 1 << (pieces - 1).bit_length()
+    if m > processors * max(1, RESIDENT_THREADS // wanted):
+        wanted = 1 << (blocks(pieces, 2) - 1).bit_length()
+    return max(FEWEST_THREADS, min(wanted, MOST_THREADS if few else MOST_THREADS // 2))
 
 
 @dataclass(frozen=True)
@@ -183,7 +199,7 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
     unpack, pack, times, sum_of = pair.unpack, pair.pack, pair.multiply, pair.add
     pieces, filled, warps = blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, threads), k // exact.PIECE, threads // 32
     quantize, fill = int8_writers(kind, k, threads)
-    gated, norm, adding = operation == "silu", operation != "silu", operation == "add_norm"
+    gated, norm, adding = operation == "silu", "norm" in operation, operation == "add_norm"
     row_bytes = PIECE_BYTES * filled * (2 if gated else 1)
     held = pieces <= HELD  # the second operand is loaded together with the first, as far as registers reach
     none = ptx.zeros(4 * pieces)
@@ -319,7 +335,8 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
 
     arrays = (types.uint16, types.uint16, types.uint16, types.uint16, ptx.u8, u32)
     signature = tuple(types.Array(t, 1, "C") for t in arrays) + (u32,) * 3
-    return Program(kernel, signature, threads, overlap=overlap)
+    residents = RESIDENT_THREADS // threads if overlap and pieces <= NARROW else 1
+    return Program(kernel, signature, threads, overlap=overlap, residents=residents)
 
 
 def _folded_warps(warps: int) -> Callable:

@@ -18,8 +18,6 @@ from .pages import HEAD_DIMS
 
 #: 16-bit types that the kernels take.
 DTYPES = (torch.float16, torch.bfloat16)
-#: Blocks have at least and at most this many threads.
-FEWEST_THREADS, MOST_THREADS = 64, 1024
 
 
 def rms_norm_s8(x: torch.Tensor, weight: torch.Tensor, eps: float) -> Activations:
@@ -197,21 +195,11 @@ def _join(
     capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(seen.device.index)[:2]
     if ptx.SIMULATED:
         arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
-    threads = threads_for(m, k, processors)
+    threads = elementwise.threads_for(m, k, processors)
     constants = (KINDS[seen.dtype], heads, kv_heads, dim, softcap is not None, threads, capability >= (9, 0))
     numbers = [m, padded, row, _bits(scale), _bits(softcap or 0.0)]
     _run(own_token.attend_own, constants, (padded, 1, 1), [*arrays, *numbers])
     return Activations(tiles, tokens, m, k)
-
-
-def threads_for(m: int, k: int, processors: int) -> int:
-    """Threads of a block, a power of two: one for each piece, but where multiprocessors have several tokens no more than
-    half of the most, unless a thread would hold over 8 pieces; and half as many where more tokens come than fit at a time
-    (measured on an H100)."""
-    pieces = blocks(k, UNIT_K) * UNIT_K // exact.PIECE
-    few = m <= processors or pieces > 4 * MOST_THREADS
-    wanted = 1 << (blocks(pieces, 1 if m <= 8 * processors else 2) - 1).bit_length()
-    return max(FEWEST_THREADS, min(wanted, MOST_THREADS if few else MOST_THREADS // 2))
 
 
 def _require_matrix(name: str, x: torch.Tensor, multiple: int) -> None:
@@ -269,7 +257,6 @@ def _launch(
     weight: torch.Tensor | None,
     eps: float,
     codes: bool = True,
-    threads: int = 0,
 ) -> tuple:
     """(activations, or 16-bit numbers without ``codes``; the sum, None without a residual)."""
     m, k = x.shape[0], x.shape[1] // (2 if operation == "silu" else 1)
@@ -292,7 +279,7 @@ def _launch(
     capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(x.device.index)[:2]
     if ptx.SIMULATED:  # whose arrays are numpy's, which has no bf16
         arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
-    constants = (operation, KINDS[x.dtype], k, threads or threads_for(m, k, processors), codes, capability >= (9, 0))
+    constants = (operation, KINDS[x.dtype], k, elementwise.threads_for(m, k, processors), codes, capability >= (9, 0))
     _run(elementwise.elementwise, constants, (padded if codes else m, 1, 1), [*arrays, m, padded, _bits(eps)])
     return Activations(out, tokens, m, k) if codes else out, total
 

@@ -38,7 +38,7 @@ from .ptx import device, f32, i32, u32, u64
 UNIT_CODES = 4096  # bytes of codes in a unit of 64 outputs x 128 inputs
 GROUP_BYTES = 128  # bytes of scales and offsets for each of its groups
 #: Shared memory that one block may use on Hopper, and what lets two blocks share a multiprocessor.
-SHARED_LIMIT, SHARED_HALF = 232448, 115712
+SHARED_LIMIT, SHARED_HALF, SHARED_THIRD = 232448, 115712, 76800
 
 
 def _array(dtype: object) -> object:

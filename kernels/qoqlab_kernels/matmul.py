@@ -11,7 +11,7 @@ import torch
 from qoqlab.checks import require_rows, require_tensor, shape_of
 from qoqlab.grids import Zero
 
-from . import gemm, launch, ptx, quantize
+from . import elementwise, gemm, launch, ptx, quantize
 from .layout import Activations, PackedWeight, blocks
 from .plan import Plan, plan_for, rules, version_for
 
@@ -65,10 +65,17 @@ def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) 
     units, padded = blocks(k, 128), blocks(m, 8) * 8
     tiles = torch.empty(units, padded, 128, dtype=torch.int8, device=x.device)
     tokens = torch.empty(padded, 2, dtype=torch.int32, device=x.device)
+    if x.element_size() == 2:
+        capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(x.device.index)[:2]
+        threads = elementwise.threads_for(m, k, processors)
+        constants = ("plain", KINDS[x.dtype], k, threads, True, capability >= (9, 0))
+        x = x.view(torch.uint16)
+        _run(elementwise.elementwise, constants, (padded, 1, 1), [x, x, x, x, tiles, tokens, m, padded, 0])
+        return Activations(tiles, tokens, m, k)
     scales = tiles if x_scales is None else x_scales.contiguous()
     arrays = [x, scales, tiles, tokens]
     if ptx.SIMULATED:  # whose arrays have the dtypes that the kernels declare
-        word = {torch.float32: torch.float32, torch.int8: torch.uint8}.get(x.dtype, torch.uint16)
+        word = torch.float32 if x.dtype == torch.float32 else torch.uint8
         arrays = [x.view(word), scales.view(torch.uint16), tiles.view(torch.uint8), tokens.view(torch.uint32)]
     _run(quantize.quantize, (KINDS[x.dtype],), (padded, 1, 1), [*arrays, m, k, units])
     return Activations(tiles, tokens, m, k)

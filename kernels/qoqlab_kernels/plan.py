@@ -175,11 +175,11 @@ def _many_tokens(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int
 
 
 def _fitted(plan: Plan, form: gemm.Form) -> Plan:
-    """The plan with no more stages than leave its shared memory in the same half, quarter or whole."""
+    """The plan with no more stages than leave its shared memory in the same quarter, third, half or whole."""
     if plan.version != "v5":
         return plan
     used = gemm.Ring(plan.tokens, plan.warpgroups, gemm.Form(1).unit, plan.stages, plan.split).total
-    room = next(x for x in (gemm.SHARED_HALF // 2, gemm.SHARED_HALF, gemm.SHARED_LIMIT) if x >= used)
+    room = next(x for x in (gemm.SHARED_HALF // 2, gemm.SHARED_THIRD, gemm.SHARED_HALF, gemm.SHARED_LIMIT) if x >= used)
     return replace(
         plan, stages=min(plan.stages, gemm.stages_that_fit(plan.tokens, plan.warpgroups, form.unit, room, plan.split))
     )

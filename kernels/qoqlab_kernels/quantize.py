@@ -1,11 +1,10 @@
 """Activations on their way into the GEMM: per-token INT8 with the sum of codes, written in the order that the GEMM reads.
 
-One block of 256 threads a token. Every thread takes 16 inputs at a time, which make one 16-byte chunk of the tiled layout.
+For fp32 numbers, and for codes that exist already; 16-bit numbers take the way of the fused kernels (`elementwise`). One
+block of 256 threads a token. Every thread takes 16 inputs at a time, which make one 16-byte chunk of the tiled layout.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from numba import cuda, types
 
@@ -15,14 +14,7 @@ from .ptx import device, f32, i32, u32, u64
 
 THREADS = 256
 #: What ``x`` may be: numba's type of the array, elements in a 4-byte word.
-INPUTS = {"half": (types.uint16, 2), "bfloat": (types.uint16, 2), "single": (f32, 1), "codes": (ptx.u8, 4)}
-
-
-def _reader(kind: str) -> Callable:
-    """Device function: the two numbers of a word (fp32), for 16-bit inputs."""
-    if kind == "half":
-        return ptx.unpack_half
-    return ptx.unpack_bfloat
+INPUTS = {"single": (f32, 1), "codes": (ptx.u8, 4)}
 
 
 def quantize(kind: str) -> Program:
@@ -32,8 +24,7 @@ def quantize(kind: str) -> Program:
     `qoqlab.affine.quantize_per_token_s8`: divisions and roundings are those of IEEE fp32.
     """
     array, per_word = INPUTS[kind]
-    coded, single = kind == "codes", kind == "single"
-    read = None if coded or single else _reader(kind)
+    coded = kind == "codes"
 
     @device
     def word_at(at, index):
@@ -41,9 +32,7 @@ def quantize(kind: str) -> Program:
 
     @device
     def pair(at, index):
-        if single:
-            return ptx.as_float(word_at(at, index * u32(2))), ptx.as_float(word_at(at, index * u32(2) + u32(1)))
-        return read(word_at(at, index))
+        return ptx.as_float(word_at(at, index * u32(2))), ptx.as_float(word_at(at, index * u32(2) + u32(1)))
 
     @device
     def four_codes(at, index, scale):

@@ -43,10 +43,11 @@ def shared_bytes(chosen: Plan, form: gemm.Form) -> int:
 
 
 def token_tiles(version: str, m: int) -> tuple[int, ...]:
-    """Tiles worth trying for ``m`` tokens: the smallest that holds them, or the widest, and the next smaller one."""
+    """Tiles worth trying for ``m`` tokens: the smallest that holds them, or the widest, and the next smaller one (larger,
+    where there is none)."""
     sizes = TOKENS[version]
     best = next((i for i, size in enumerate(sizes) if size >= m), len(sizes) - 1)
-    return sizes[max(0, best - 1) : best + 1]
+    return sizes[max(0, best - 1) : max(2, best + 1)]
 
 
 def worker_counts(units: int, tiles: int, places: int) -> tuple[int, ...]:
@@ -97,12 +98,13 @@ def heights(tokens: int) -> tuple[int, ...]:
 
 
 def _split(m: int, n: int, k_blocks: int, form: gemm.Form, processors: int, tokens: int) -> list[Plan]:
-    """Tiles whose inputs are split, as far as that fills the GPU: one block on a multiprocessor, or two (and two of the next
-    kernel) where they fit."""
+    """Tiles whose inputs are split, as far as that fills the GPU: one block on a multiprocessor, or two (and one or two of
+    the next kernel) where they fit."""
     found = []
     rooms = [(height, gemm.SHARED_LIMIT, processors) for height in heights(tokens)]
     if tokens <= 64:
-        rooms += [(2, gemm.SHARED_HALF, 2 * processors), (1, gemm.SHARED_HALF // 2, 2 * processors)]
+        rooms += [(2, gemm.SHARED_HALF, 2 * processors)]
+        rooms += [(1, room, 2 * processors) for room in (gemm.SHARED_THIRD, gemm.SHARED_HALF // 2)]
     for warpgroups, limit, places in rooms:
         tiles = blocks(blocks(n, UNIT_N), warpgroups) * blocks(m, tokens)
         for split in SPLITS:

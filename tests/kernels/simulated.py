@@ -16,7 +16,7 @@ from unittest import mock
 
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import cases, emulation, fused, gemm, launch, layout, matmul, ptx
+from qoqlab_kernels import cases, elementwise, emulation, gemm, launch, layout, matmul, ptx
 from qoqlab_kernels.cases import Case
 from qoqlab_kernels.plan import Plan
 
@@ -204,7 +204,7 @@ def fused_case(operation: str, m: int, k: int, dtype: str, how: str = "contiguou
     x, residual = numbers(2 * k if operation == "silu_mul_s8" else k), numbers(k)
     weight = torch.randn(k, generator=generator).to(x.dtype)
     before = residual.clone()
-    chosen = mock.patch.object(fused, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext()
+    chosen = mock.patch.object(elementwise, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext()
     with poisoned_outputs(), chosen:
         if operation == "silu_mul_s8":
             good = _as_the_reference(qk.silu_mul_s8(x), reference.silu_mul_s8(x))

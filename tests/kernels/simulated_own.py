@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import emulation, fused, ptx
+from qoqlab_kernels import elementwise, emulation, ptx
 
 from qoqlab import reference
 
@@ -22,7 +22,7 @@ def own_case(m: int, heads: int, kv_heads: int, dim: int, dtype: str, threads: i
 
     operands = own_operands(m, heads, kv_heads, dim, getattr(torch, dtype))
     want = reference.attend_own_s8(*operands, **options)
-    chosen = mock.patch.object(fused, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext()
+    chosen = mock.patch.object(elementwise, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext()
     with poisoned_outputs(), chosen:
         got = qk.attend_own_s8(*operands, **options)
     value = operands[4][0].repeat_interleave(heads // kv_heads, 0).flatten()

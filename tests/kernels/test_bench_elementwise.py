@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qoqlab_kernels import bench, fused
-from qoqlab_kernels import bench_elementwise as elementwise
+from qoqlab_kernels import bench, elementwise, fused
+from qoqlab_kernels import bench_elementwise as benchmark
 from qoqlab_kernels.layout import tile_activations
 
 from qoqlab import affine
@@ -19,22 +19,22 @@ def point(op: str = "rms_norm_s8", m: int = 16, k: int = 4096, us: float = 4.0, 
 
 
 def test_bytes_by_hand() -> None:
-    assert elementwise.moved("quantize", 3, 4096) == 3 * 4096 * (2 + 1) + 3 * 8
-    assert elementwise.moved("rms_norm_s8", 3, 4096) == 3 * 4096 * (2 + 1) + 2 * 4096 + 3 * 8
-    assert elementwise.moved("add_rms_norm_s8", 3, 4096) == 3 * 4096 * (2 + 2 + 2 + 1) + 2 * 4096 + 3 * 8
-    assert elementwise.moved("silu_mul_s8", 3, 14336) == 3 * 14336 * (2 + 2 + 1) + 3 * 8
+    assert benchmark.moved("quantize", 3, 4096) == 3 * 4096 * (2 + 1) + 3 * 8
+    assert benchmark.moved("rms_norm_s8", 3, 4096) == 3 * 4096 * (2 + 1) + 2 * 4096 + 3 * 8
+    assert benchmark.moved("add_rms_norm_s8", 3, 4096) == 3 * 4096 * (2 + 2 + 2 + 1) + 2 * 4096 + 3 * 8
+    assert benchmark.moved("silu_mul_s8", 3, 14336) == 3 * 14336 * (2 + 2 + 1) + 3 * 8
     # 32 + 8 + 8 heads of 128 read, 32 + 8 written, 16 x 128 codes in half a byte, 16 scales and zeros
-    assert elementwise.moved("rope_kv4_append", 3, 6144) == 3 * (48 * 256 + 40 * 256 + 16 * 64 + 16 * 4)
+    assert benchmark.moved("rope_kv4_append", 3, 6144) == 3 * (48 * 256 + 40 * 256 + 16 * 64 + 16 * 4)
     # 32 heads seen, 32 queries, 8 keys, 8 values read, 32 log-sum-exps; 4096 codes, sum and scale written
-    assert elementwise.moved("attend_own_s8", 3, 4096) == 3 * (80 * 256 + 32 * 4 + 4096 + 8)
+    assert benchmark.moved("attend_own_s8", 3, 4096) == 3 * (80 * 256 + 32 * 4 + 4096 + 8)
 
 
 def test_a_result_is_the_same_only_if_order_and_padding_are() -> None:
     a = affine.quantize_per_token_s8(torch.randn(3, 160))
     got = tile_activations(a.codes, a.scales)
-    assert elementwise.same(got, a) and elementwise.same((got, a.codes), (a, a.codes))
+    assert benchmark.same(got, a) and benchmark.same((got, a.codes), (a, a.codes))
     got.tiles[-1, -1, -1] = 1  # padding
-    assert not elementwise.same(got, a)
+    assert not benchmark.same(got, a)
 
 
 @pytest.mark.parametrize(
@@ -50,24 +50,24 @@ def test_a_result_is_the_same_only_if_order_and_padding_are() -> None:
     ],
 )
 def test_the_aims(row: dict, met: str) -> None:
-    assert elementwise.verdict(row) == met
+    assert benchmark.verdict(row) == met
 
 
 def test_the_table() -> None:
-    text = elementwise.point_table([point()])
+    text = benchmark.point_table([point()])
     assert text.splitlines()[0].split() == ["operation", "dtype", "MxK", "us", "bound", "share", "TB/s", "eager"]
     assert text.splitlines()[1].split() == ["rms_norm_s8", "fp16", "16x4096", "4.00", "3.00", "0.75", "1.00", "40.0", "met"]
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    names, batches, known = elementwise.parse(["--ops", "quantize,silu_mul_s8", "--m", "1,16", "--dtype", "bf16"])
+    names, batches, known = benchmark.parse(["--ops", "quantize,silu_mul_s8", "--m", "1,16", "--dtype", "bf16"])
     assert (names, batches, known.dtype) == (("quantize", "silu_mul_s8"), (1, 16), "bf16")
     for wrong, message in (
         (["--ops", "softmax"], "--ops: 'softmax' is not one of"),
         (["--m", "0"], "--m: expected positive"),
     ):
         with pytest.raises(SystemExit) as ended:
-            elementwise.parse(wrong)
+            benchmark.parse(wrong)
         assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -81,12 +81,12 @@ def test_the_benchmark_hands_over(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_threads_of_a_block() -> None:
-    assert [fused.threads_for(m, 4096, 132) for m in (1, 132, 1056, 1057)] == [512, 512, 512, 256]
-    assert [fused.threads_for(m, 14336, 132) for m in (1, 132, 133, 4096)] == [1024, 1024, 512, 512]
-    assert fused.threads_for(1, 32, 132) == 64  # the fewest
-    assert [fused.threads_for(4096, k, 132) for k in (32768, 53248)] == [512, 1024]  # 8 and 7 pieces a thread
+    assert [elementwise.threads_for(m, 4096, 132) for m in (1, 132, 528, 529)] == [512, 512, 512, 256]
+    assert [elementwise.threads_for(m, 14336, 132) for m in (1, 132, 133, 4096)] == [1024, 1024, 512, 512]
+    assert elementwise.threads_for(1, 32, 132) == 64  # the fewest
+    assert [elementwise.threads_for(4096, k, 132) for k in (32768, 53248)] == [512, 1024]  # 8 and 7 pieces a thread
     for k in (32, 96, 1056, 65792):
-        threads = fused.threads_for(7, k, 132)
+        threads = elementwise.threads_for(7, k, 132)
         assert 64 <= threads <= 1024 and threads.bit_count() == 1
 
 

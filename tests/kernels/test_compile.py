@@ -77,10 +77,8 @@ def test_v4(tokens: int, form: Form, capability: tuple, tmp_path: Path) -> None:
     ("kind", "capability"),
     [
         *((kind, (8, 0)) for kind in quantize.INPUTS),
-        ("half", (8, 9)),
         ("codes", (8, 9)),
         ("single", (9, 0)),
-        ("bfloat", (9, 0)),
     ],
     ids=name,
 )

@@ -13,15 +13,17 @@ from .compilers import assert_clean, compile_offline, needs_compilers
 pytestmark = needs_compilers
 
 #: Branch instructions, recorded with CUDA 13.5 and rounded up; most are subroutines of divisions and square roots.
-BRANCHES = {"norm": 50, "add_norm": 50, "silu": 150}
+BRANCHES = {"plain": 50, "norm": 50, "add_norm": 50, "silu": 150}
 ROPE_BRANCHES, OWN_BRANCHES = 150, 100
 #: Usual sizes, and the widest of each kind, which need the most registers.
 KERNELS = [
-    (("norm", "half", 4096, 512, True, True), (9, 0)),
+    (("plain", "half", 4096, 512, True, True), (9, 0)),
+    (("plain", "bfloat", 4096, 256), (8, 9)),
+    (("norm", "half", 4096, 256, True, True), (9, 0)),
     (("norm", "bfloat", cases.WIDEST_K, 1024), (8, 0)),
     (("add_norm", "half", 32, 64), (8, 9)),
     (("add_norm", "bfloat", 4096, 128), (8, 0)),
-    (("add_norm", "half", 16384, 1024, False, True), (9, 0)),
+    (("add_norm", "bfloat", 16384, 1024, False, True), (9, 0)),
     (("silu", "half", 14336, 512, True, True), (9, 0)),
     (("silu", "bfloat", cases.WIDEST_K, 1024), (8, 9)),
     (("add_norm", "half", 32768, 512, True, True), (9, 0)),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import bench_elementwise, cases, fused
+from qoqlab_kernels import bench_elementwise, cases, elementwise
 from qoqlab_kernels.bench_elementwise import same
 
 from qoqlab import affine, exact, kv, progressive, reference, runtime
@@ -83,7 +83,7 @@ def test_the_reference_gives_the_same_bits_on_the_cpu(dtype: torch.dtype) -> Non
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("threads", [64, 128, 256, 512, 1024])
 def test_any_number_of_threads_gives_the_same_bits(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "threads_for", lambda *_: threads)
+    monkeypatch.setattr(elementwise, "threads_for", lambda *_: threads)
     x, weight = numbers(5, 2592, dtype=torch.float16), gains(2592, torch.float16)
     assert same(qk.add_rms_norm_s8(x, x, weight, 1e-5), reference.add_rms_norm_s8(x, x, weight, 1e-5))
     assert same(qk.silu_mul_s8(x[:, :2560]), reference.silu_mul_s8(x[:, :2560]))

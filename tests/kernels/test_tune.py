@@ -69,9 +69,9 @@ def test_deep_plans_of_v4_are_left_out_where_shared_memory_is_small():
 
 
 @pytest.mark.parametrize(
-    ("version", "m", "tiles"), [("v5", 1, (8,)), ("v5", 9, (8, 16)), ("v5", 999, (128, 256)), ("v4", 99, (32, 64))]
+    ("version", "m", "tiles"), [("v5", 1, (8, 16)), ("v5", 9, (8, 16)), ("v5", 999, (128, 256)), ("v4", 99, (32, 64))]
 )
-def test_token_tiles_hold_the_batch_or_are_one_step_smaller(version, m, tiles):
+def test_token_tiles_hold_the_batch_or_are_one_step_away(version, m, tiles):
     assert tune.token_tiles(version, m) == tiles
 
 
