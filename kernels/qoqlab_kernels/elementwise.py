@@ -33,18 +33,17 @@ HELD = 4
 #: Blocks have at least and at most this many threads; a multiprocessor of compute capability 9.0 holds so many, one of 8.9
 #: a quarter less.
 FEWEST_THREADS, MOST_THREADS, RESIDENT_THREADS = 64, 1024, 2048
-#: Pieces a thread up to which 32 registers do, so that a multiprocessor is filled with threads.
-NARROW = 2
+#: Tokens of a multiprocessor beyond which threads take two pieces each: of operations with much to do, and of "plain".
+QUEUE, PLAIN_QUEUE = 8, 4
 
 
-def threads_for(m: int, k: int, processors: int) -> int:
-    """Threads of a block, a power of two: one for each piece while all tokens run at once, two pieces each beyond; where
-    multiprocessors have several tokens no more than half of the most, unless a thread would hold over 8 pieces."""
+def threads_for(m: int, k: int, processors: int, queue: int = QUEUE) -> int:
+    """Threads of a block, a power of two: one for each piece, but where multiprocessors have several tokens no more than
+    half of the most, unless a thread would hold over 8 pieces; and half as many where a multiprocessor has more than
+    ``queue`` tokens (measured on an H100)."""
     pieces = blocks(k, UNIT_K) * UNIT_K // exact.PIECE
     few = m <= processors or pieces > 4 * MOST_THREADS
-    wanted = 1 << (pieces - 1).bit_length()
-    if m > processors * max(1, RESIDENT_THREADS // wanted):
-        wanted = 1 << (blocks(pieces, 2) - 1).bit_length()
+    wanted = 1 << (blocks(pieces, 1 if m <= queue * processors else 2) - 1).bit_length()
     return max(FEWEST_THREADS, min(wanted, MOST_THREADS if few else MOST_THREADS // 2))
 
 
@@ -335,7 +334,8 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
 
     arrays = (types.uint16, types.uint16, types.uint16, types.uint16, ptx.u8, u32)
     signature = tuple(types.Array(t, 1, "C") for t in arrays) + (u32,) * 3
-    residents = RESIDENT_THREADS // threads if overlap and pieces <= NARROW else 1
+    narrow = overlap and operation == "plain" and pieces <= 2  # 32 registers do: as many threads as there is room for
+    residents = RESIDENT_THREADS // threads if narrow else 1
     return Program(kernel, signature, threads, overlap=overlap, residents=residents)
 
 

@@ -67,7 +67,7 @@ def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) 
     tokens = torch.empty(padded, 2, dtype=torch.int32, device=x.device)
     if x.element_size() == 2:
         capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(x.device.index)[:2]
-        threads = elementwise.threads_for(m, k, processors)
+        threads = elementwise.threads_for(m, k, processors, elementwise.PLAIN_QUEUE)
         constants = ("plain", KINDS[x.dtype], k, threads, True, capability >= (9, 0))
         x = x.view(torch.uint16)
         _run(elementwise.elementwise, constants, (padded, 1, 1), [x, x, x, x, tiles, tokens, m, padded, 0])

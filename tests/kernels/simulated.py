@@ -121,7 +121,7 @@ def compiled_case(case: dict, how: str) -> dict:
 
     equal = []
     for m in (c.m, c.m - 1):
-        floats = codes[:m].float() * scales[:m].float()[:, None]
+        floats = (codes[:m].float() * scales[:m].float()[:, None]).half()
         q = quantize_per_token_s8(floats) if how == "floats" else None
         some, their = (q.codes, q.scales) if q else (codes[:m], scales[:m])
         x = {"codes": (some, their), "tiled": (layout.tile_activations(some, their), None), "floats": (floats,)}[how]

@@ -29,7 +29,6 @@ def name(value: object) -> str:
 @pytest.mark.parametrize(
     ("form", "capability"),
     [
-        (Form(128, 4), (9, 0)),
         (Form(128, 4, lse=True), (9, 0)),
         (Form(128, 4, lse=True), (8, 0)),
         (Form(128, 1), (8, 9)),

@@ -9,9 +9,9 @@ from .simulator import Simulator
 
 #: (M, N, K): one token, one group; tails in all three; several units of K. v2 is the slowest to simulate.
 SHAPES = {
-    "v1": [(1, 32, 128), (2, 96, 256)],
+    "v1": [(1, 32, 128), (1, 96, 256)],
     "v2": [(1, 32, 128), (9, 32, 160)],
-    "v3": [(1, 32, 128), (3, 96, 384)],
+    "v3": [(1, 32, 128), (2, 96, 256)],
 }
 GOOD = {"equal": True, "finite": True, "repeats": True, "kept": True, "flags": 0}
 
