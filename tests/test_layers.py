@@ -26,6 +26,8 @@ LAYERS = [
     [
         "machines",
         "roofline",
+        "prediction",
+        "validation",
         "sweeps",
         "comparison",
         "viz",
