@@ -1,10 +1,11 @@
 """Predicted times: what `roofline` counts, divided by what kernels achieve.
 
 A bound lets memory and tensor cores work side by side without a gap. Real kernels wait: here every kind of work takes its
-seconds by the card's data sheet over an achieved share, all of them *add*, and a fixed time per kernel comes on top. That makes
-a prediction linear in a handful of numbers, which `fit` finds by least squares. It is a choice: added times fit our GEMMs a
-little better than the longer of both (12 % against 13 %, root mean square), and cuBLAS worse (15 % against 6 %), which does
-overlap them. The shares are of the data sheet, not of a measured ceiling, because only the data sheet is known for every card.
+seconds by the card's data sheet over an achieved share, all of them *add*, and a fixed time per kernel comes on top. That
+makes a prediction linear in a handful of numbers, which `fit` finds by least squares. It is a choice: added times fit our
+GEMMs a little better than the longer of both (12 % against 13 %, root mean square), and cuBLAS worse (15 % against 6 %),
+which does overlap them. The shares are of the data sheet, not of a measured ceiling, because only the data sheet is known
+for every card.
 
 `OURS` and `TORCH_FP16` come from measurements on one H200, `PUBLISHED` from the paper's own table;
 ``data/benchmarks/calibrate.py`` makes them and keeps the error of every point.
@@ -218,11 +219,19 @@ def fit(works: Sequence[Work], seconds: Sequence[float], fixed: frozenset[str] =
     return Efficiency(*(1 / factors[:4]), *factors[4:])
 
 
+def least_squares(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Numbers of at least 0 that make ``features @ numbers`` come nearest to ``seconds`` in relative error.
+
+    ``features`` ``[points, numbers]``, at most eight numbers; ``seconds`` ``[points]``, positive.
+    """
+    return _nonnegative(features / seconds[:, None], np.ones(len(seconds)))
+
+
 def _nonnegative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Least squares with no negative number in the result. With at most eight columns, every choice of those that are not
     zero can be tried: the best one whose plain solution has no negative number is the answer."""
     columns = matrix.shape[1]
-    scale = np.linalg.norm(matrix, axis=0)
+    scale = np.maximum(np.linalg.norm(matrix, axis=0), np.finfo(float).tiny)
     gram, right = (matrix / scale).T @ (matrix / scale), (matrix / scale).T @ target
     best, least = np.zeros(columns), 0.0
     for chosen in itertools.chain.from_iterable(itertools.combinations(range(columns), n) for n in range(1, columns + 1)):

@@ -1,8 +1,8 @@
 """Predictions beside published throughput: an error for every cell, a reason for every large one, and dollars.
 
 Published systems have efficiencies of their own (`prediction.PUBLISHED`), one set a system for all its formats and both
-cards. They are fitted on the table that they are compared with, so their errors say whether a handful of numbers can describe
-it, not whether it could have been foreseen; `foreseen` fits on one card and predicts the other.
+cards. They are fitted on the table that they are compared with, so their errors say whether a handful of numbers can
+describe it, not whether it could have been foreseen; `foreseen` fits on one card and predicts the other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Pictures of serving: rooflines with a batch on them, parts of a step, memory, unpacking, published against predicted."""
+"""Pictures of serving: rooflines with a batch on them, parts of a step, memory, unpacking, published against predicted,
+fleets under load."""
 
 from __future__ import annotations
 
@@ -226,6 +227,38 @@ def published_and_bound(table: pd.DataFrame, title: str) -> go.Figure:
     figure.update_layout(showlegend=True)
     figure.update_xaxes(**_log_axis([torch.tensor(table["bound"].to_list())]))
     return figure.update_yaxes(**_log_axis([torch.tensor(table["tokens_per_s"].to_list())]))
+
+
+def load_and_cost(table: pd.DataFrame, title: str) -> go.Figure:
+    """A fleet under load. Left: how long requests take, 95 % of them (solid) and half (dotted). Right: what tokens cost.
+
+    ``table``: columns ``precision``, ``load`` (requests per second), ``total_p50``, ``total_p95`` (seconds) and
+    ``dollars_per_million``. A line ends where its fleet is full. The number of traces depends on the precisions alone.
+    """
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.14, subplot_titles=("latency", "cost"))
+    for index, name in enumerate(dict.fromkeys(table["precision"])):
+        part = table[table["precision"] == name]
+        lines = (("total_p95", "solid", 1), ("total_p50", "dot", 1), ("dollars_per_million", "solid", 2))
+        for column, dash, place in lines:
+            figure.add_scatter(
+                x=_numbers(part["load"].to_list()),
+                y=_numbers(part[column].to_list()),
+                name=name,
+                legendgroup=name,
+                showlegend=column == "total_p95",
+                mode="lines+markers",
+                line={"color": PALETTE[index % len(PALETTE)], "width": 2.5, "dash": dash},
+                marker={"size": 6, "symbol": index},
+                hovertemplate=f"{column} at %{{x:.3g}} requests/s: %{{y:.3g}}<extra>%{{fullData.name}}</extra>",
+                row=1,
+                col=place,
+            )
+    _layout(figure, title, height=460, margin={"l": 70, "r": 30, "t": 100, "b": 110}, legend=_below(), showlegend=True)
+    figure.update_xaxes(title_text="load (requests per second)", rangemode="tozero")
+    figure.update_yaxes(title_text="seconds from arrival to last token", rangemode="tozero", col=1)
+    figure.update_yaxes(**_log_axis([torch.tensor(table["dollars_per_million"].to_list())]), col=2)
+    figure.update_yaxes(title_text="dollars per million tokens", col=2)
+    return figure.update_annotations(font_size=12)
 
 
 def bars(table: pd.DataFrame, title: str, x: str, y: str, order: Sequence[str] = ()) -> go.Figure:
