@@ -40,7 +40,7 @@ LAYERS = [
         "themes",
         "explorers",
     ],
-    ["exercises_kernels", "exercises_methods", "exercises"],
+    ["exercises_kernels", "exercises_methods", "exercises_serving", "exercises"],
     ["widgets"],
     ["tour", "cli", "classroom", "site"],
 ]
