@@ -476,11 +476,6 @@ MISTAKES = [
     (exercises.check_locate, lambda table, token, size: (table[token // 64], token % 64), "pages of 16"),
     (exercises.check_admit, lambda prompts, free, size: len(prompts), "belongs to one sequence alone"),
     (exercises.check_admit, lambda prompts, free, size: admit([p - 1 for p in prompts], free, size), "needs another one"),
-    (
-        exercises.check_admit,
-        lambda prompts, free, size: sum(p < 64 * free / 2 for p in prompts[:2]),
-        "needs another|overtake",
-    ),
     (exercises.check_admit, lambda prompts, free, size: min(2, len(prompts), free // 2), "1 may start|overtake"),
     (exercises.check_admit, admit_any, "must not overtake"),
     (exercises.check_admit, lambda prompts, free, size: admit(prompts, free, 64), "pages of 16"),
