@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -146,6 +149,30 @@ def test_a_replay_compares_what_was_measured():
     slower = measured.assign(finish=lambda t: t["arrival"] + 2 * (t["finish"] - t["arrival"]))
     errors = fleet.replay(slower, H200).set_index("latency")["error"]
     assert errors["total_mean"] == pytest.approx(-0.5) and errors["ttft_p95"] == pytest.approx(0)
+
+
+def test_a_record_of_a_run_is_replayed(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("replay", Path(__file__).parents[1] / "data" / "benchmarks" / "replay.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    run = simulate(poisson(20.0, 100), replace(H200, per_square=0, sequences=7))
+    record = {
+        "requests": run.to_dict("records"),
+        "sequences": 7,
+        "tokens": H200.tokens,
+        "steps": [
+            {"batch": b, "cached": c, "seconds": H200.decode_seconds(1, b, c)}
+            for b, c in ((1, 9), (5, 999), (7, 99), (7, 9999))
+        ],
+        "prefills": [{"prompts": p, "seconds": H200.prefill + H200.per_prompt * p} for p in (100, 2000)],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    monkeypatch.setattr("sys.argv", ["replay.py", str(tmp_path / "run.json")])
+    script.main()
+    errors = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert errors == pytest.approx([0] * 4, abs=1e-3)
+    del record["steps"]
+    assert script.surface_of(record, "Llama-3-8B", "W4A8KV4") == replace(H200, sequences=7)
 
 
 def test_a_surface_is_found_from_measured_times():

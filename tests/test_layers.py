@@ -1,6 +1,7 @@
 """Layers: a module imports only from layers above its own, and importing the package stays cheap."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def source(name):
     return PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
 
 
+@functools.cache
 def own_imports(name):
     """Names of the package's modules that a module imports."""
     found = imports(source(name), ".".join(["qoqlab", *name.split(".")[:-1]]))
@@ -91,6 +93,7 @@ def own_imports(name):
     return {".".join(parts[: 2 if parts[0] == "serve" else 1]) for parts in own}
 
 
+@functools.cache
 def roots(name):
     """Top-level names of all packages that a module imports."""
     return {full.split(".")[0] for full in imports(source(name))}
