@@ -40,7 +40,7 @@ NOT_FOR_STUDENTS = (
     "__*",
 )
 #: Data that notebooks read; the model travels with the package.
-READ_BY_NOTEBOOKS = ("paper", "benchmarks")
+READ_BY_NOTEBOOKS = ("paper", "benchmarks", "prices.csv")
 SECONDS = 60.0
 
 _DRIVER = """
@@ -231,7 +231,11 @@ def student(out: Path) -> list[Path]:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(COURSE, out / "notebooks", ignore=shutil.ignore_patterns(*NOT_FOR_STUDENTS))
     for name in READ_BY_NOTEBOOKS:
-        shutil.copytree(ROOT / "data" / name, out / "data" / name, ignore=shutil.ignore_patterns("*.py"))
+        source, target = ROOT / "data" / name, out / "data" / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.py"))
+        else:
+            shutil.copy(source, target)
     notebooks = sorted((out / "notebooks").rglob("*.ipynb"))
     marker.write_text(_START.format(count=len(notebooks)), encoding="utf-8")
     return notebooks

@@ -29,6 +29,8 @@ from .exercises_methods import check_optimal_clip_error as check_optimal_clip_er
 from .exercises_methods import check_perplexity as check_perplexity
 from .exercises_methods import check_reorder as check_reorder
 from .exercises_methods import check_sqnr as check_sqnr
+from .exercises_serving import check_admit as check_admit
+from .exercises_serving import check_fleet_cost as check_fleet_cost
 from .grids import INT4, UINT4
 from .pipeline import quantize
 from .progress import passed

@@ -178,7 +178,8 @@ class Serving:
 def throughput(model: Geometry, job: Serving, scheme: Scheme, gpu: Gpu, cores: Cores = Cores.TENSOR) -> float:
     """Generated tokens per second at most: prefill once, then a step per output token with the context growing.
 
-    Attention's bound is linear in the context, so the middle of the output stands for all steps.
+    Attention's bound is linear in the context, so the middle of the output stands for all steps. `prediction.throughput`
+    says what kernels with given efficiencies reach of it.
     """
     middle = job.prompt + job.output // 2
     step = float(decode_step(model, job.batch, middle, scheme, gpu, cores)["seconds"].sum())

@@ -1,4 +1,5 @@
-"""Pictures of serving: rooflines with a batch on them, parts of a step, memory, unpacking, published against predicted."""
+"""Pictures of serving: rooflines with a batch on them, parts of a step, memory, unpacking, published against predicted,
+fleets under load."""
 
 from __future__ import annotations
 
@@ -193,15 +194,17 @@ def memory_by_batch(table: pd.DataFrame, capacity: float, title: str) -> go.Figu
     return figure.update_yaxes(range=[0, 1.25 * capacity])
 
 
-def published_and_bound(table: pd.DataFrame, title: str) -> go.Figure:
-    """Measured by others against our bound, log-log: nothing may lie above the diagonal.
+def published_and_bound(table: pd.DataFrame, title: str, against: str = "bound") -> go.Figure:
+    """Measured by others against our bound, log-log: nothing may lie above the diagonal. Or ``against`` "predicted", another
+    column of the table: then marks should lie on it.
 
     ``table``: columns ``system``, ``gpu``, ``model``, ``tokens_per_s``, ``bound``. A colour a system, a shape a card.
     """
     figure = go.Figure()
     systems, gpus = list(dict.fromkeys(table["system"])), list(dict.fromkeys(table["gpu"]))
-    low, high = float(table["tokens_per_s"].min()), float(table["bound"].max())
-    for factor, dash, text in ((1.0, "solid", "as fast as the bound"), (0.5, "dot", "half of it")):
+    low, high = float(table["tokens_per_s"].min()), float(table[against].max())
+    name = "the bound" if against == "bound" else against
+    for factor, dash, text in ((1.0, "solid", f"as fast as {name}"), (0.5, "dot", "half of it")):
         figure.add_scatter(
             x=[low, high],
             y=[factor * low, factor * high],
@@ -214,18 +217,77 @@ def published_and_bound(table: pd.DataFrame, title: str) -> go.Figure:
         for shape, gpu in enumerate(gpus):
             part = table[(table["system"] == system) & (table["gpu"] == gpu)]
             figure.add_scatter(
-                x=_numbers(part["bound"].to_list()),
+                x=_numbers(part[against].to_list()),
                 y=_numbers(part["tokens_per_s"].to_list()),
                 text=part["model"].to_list(),
                 mode="markers",
                 name=f"{system}, {gpu}",
                 marker={"color": PALETTE[index % len(PALETTE)], "symbol": ("circle", "diamond-open")[shape % 2], "size": 10},
-                hovertemplate="%{text}: %{y:.0f} of at most %{x:.0f} tokens/s<extra>%{fullData.name}</extra>",
+                hovertemplate=f"%{{text}}: %{{y:.0f}} tokens/s, {against} %{{x:.0f}}<extra>%{{fullData.name}}</extra>",
             )
-    _layout(figure, title, "bound (tokens per second)", "published (tokens per second)", height=520)
+    _layout(figure, title, f"{against} (tokens per second)", "published (tokens per second)", height=520)
     figure.update_layout(showlegend=True)
-    figure.update_xaxes(**_log_axis([torch.tensor(table["bound"].to_list())]))
+    figure.update_xaxes(**_log_axis([torch.tensor(table[against].to_list())]))
     return figure.update_yaxes(**_log_axis([torch.tensor(table["tokens_per_s"].to_list())]))
+
+
+def filling(table: pd.DataFrame, pages: dict[str, int], title: str) -> go.Figure:
+    """A cache that fills. Left: sequences that run, step by step. Right: the share of its pages that is taken.
+
+    ``table``: columns ``precision``, ``step``, ``running``, ``taken`` (pages); ``pages`` of the whole pool by precision.
+    """
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.13, subplot_titles=("batch", "memory"))
+    for index, name in enumerate(dict.fromkeys(table["precision"])):
+        part = table[table["precision"] == name]
+        shown = {1: _numbers(part["running"].to_list()), 2: 100 * _numbers(part["taken"].to_list()) / pages[name]}
+        for place, values in shown.items():
+            figure.add_scatter(
+                x=_numbers(part["step"].to_list()),
+                y=values,
+                name=name,
+                legendgroup=name,
+                showlegend=place == 1,
+                line={"color": PALETTE[index % len(PALETTE)], "width": 2, "dash": _DASHES[index % len(_DASHES)]},
+                hovertemplate="step %{x:.0f}: %{y:.3g}<extra>%{fullData.name}</extra>",
+                row=1,
+                col=place,
+            )
+    _layout(figure, title, height=440, margin={"l": 70, "r": 30, "t": 100, "b": 110}, legend=_below(), showlegend=True)
+    figure.update_xaxes(title_text="step").update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title_text="sequences that run", col=1).update_yaxes(title_text="pages taken (%)", col=2)
+    return figure.update_annotations(font_size=12)
+
+
+def load_and_cost(table: pd.DataFrame, title: str) -> go.Figure:
+    """A fleet under load. Left: how long requests take, 95 % of them (solid) and half (dotted). Right: what tokens cost.
+
+    ``table``: columns ``precision``, ``load`` (requests per second), ``total_p50``, ``total_p95`` (seconds) and
+    ``dollars_per_million``. A line ends where its fleet is full. The number of traces depends on the precisions alone.
+    """
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.14, subplot_titles=("latency", "cost"))
+    for index, name in enumerate(dict.fromkeys(table["precision"])):
+        part = table[table["precision"] == name]
+        lines = (("total_p95", "solid", 1), ("total_p50", "dot", 1), ("dollars_per_million", "solid", 2))
+        for column, dash, place in lines:
+            figure.add_scatter(
+                x=_numbers(part["load"].to_list()),
+                y=_numbers(part[column].to_list()),
+                name=name,
+                legendgroup=name,
+                showlegend=column == "total_p95",
+                mode="lines+markers",
+                line={"color": PALETTE[index % len(PALETTE)], "width": 2.5, "dash": dash},
+                marker={"size": 6, "symbol": index},
+                hovertemplate=f"{column} at %{{x:.3g}} requests/s: %{{y:.3g}}<extra>%{{fullData.name}}</extra>",
+                row=1,
+                col=place,
+            )
+    _layout(figure, title, height=460, margin={"l": 70, "r": 30, "t": 100, "b": 110}, legend=_below(), showlegend=True)
+    figure.update_xaxes(title_text="load (requests per second)", rangemode="tozero")
+    figure.update_yaxes(title_text="seconds from arrival to last token", rangemode="tozero", col=1)
+    figure.update_yaxes(**_log_axis([torch.tensor(table["dollars_per_million"].to_list())]), col=2)
+    figure.update_yaxes(title_text="dollars per million tokens", col=2)
+    return figure.update_annotations(font_size=12)
 
 
 def bars(table: pd.DataFrame, title: str, x: str, y: str, order: Sequence[str] = ()) -> go.Figure:

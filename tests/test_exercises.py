@@ -171,6 +171,31 @@ def recipe(*chosen, like="qoq-g128"):
     return lambda: Recipe("mine", recipes.get(like).scheme, chosen)
 
 
+def admit(prompts, free, page_size):
+    started = 0
+    for prompt in prompts:
+        free -= -(-(prompt + 1) // page_size)
+        if free < 0:
+            break
+        started += 1
+    return started
+
+
+def admit_any(prompts, free, page_size):
+    """Small requests overtake large ones."""
+    started = 0
+    for prompt in prompts:
+        pages = -(-(prompt + 1) // page_size)
+        started += pages <= free
+        free -= pages if pages <= free else 0
+    return started
+
+
+def fleet_cost(load, output, capacity, hourly, busy):
+    gpus = max(1, math.ceil(load / (capacity * busy)))
+    return gpus, gpus * hourly / 3600 / (load * output) * 1e6
+
+
 ANSWERS = [
     (exercises.check_cache_bytes, cache_bytes),
     (exercises.check_outlier_ratio, outlier_ratio),
@@ -206,6 +231,8 @@ ANSWERS = [
     (exercises.check_linear_scores, linear_scores),
     (exercises.check_merge, merge),
     (exercises.check_locate, locate),
+    (exercises.check_admit, admit),
+    (exercises.check_fleet_cost, fleet_cost),
 ]
 
 
@@ -447,6 +474,25 @@ MISTAKES = [
     (exercises.check_locate, lambda table, token, size: (table[0], token), "first of the next page"),
     (exercises.check_locate, lambda table, token, size: (table[token // size], token), "next page|within the page|page 2"),
     (exercises.check_locate, lambda table, token, size: (table[token // 64], token % 64), "pages of 16"),
+    (exercises.check_admit, lambda prompts, free, size: len(prompts), "belongs to one sequence alone"),
+    (exercises.check_admit, lambda prompts, free, size: admit([p - 1 for p in prompts], free, size), "needs another one"),
+    (exercises.check_admit, lambda prompts, free, size: min(2, len(prompts), free // 2), "1 may start|overtake"),
+    (exercises.check_admit, admit_any, "must not overtake"),
+    (exercises.check_admit, lambda prompts, free, size: admit(prompts, free, 64), "pages of 16"),
+    (
+        exercises.check_fleet_cost,
+        lambda load, output, capacity, hourly, busy: (math.ceil(load / capacity), 0.0),
+        "mind `busy`",
+    ),
+    (exercises.check_fleet_cost, lambda *job: (fleet_cost(*job)[0], fleet_cost(*job)[1] / 4), "not one"),
+    (exercises.check_fleet_cost, lambda *job: (fleet_cost(*job)[0], fleet_cost(*job)[1] * job[1]), "a request has `output`"),
+    (exercises.check_fleet_cost, lambda *job: (fleet_cost(*job)[0], fleet_cost(*job)[1] * 3600), "is per hour"),
+    (exercises.check_fleet_cost, lambda *job: (fleet_cost(*job)[0], fleet_cost(*job)[1] / 1.2), "cannot be rented"),
+    (
+        exercises.check_fleet_cost,
+        lambda *job: (int(fleet_cost(*job)[0] + 0.01) // 4 * 4, fleet_cost(*job)[1]),
+        "still needs",
+    ),
 ]
 
 

@@ -1,6 +1,7 @@
 """Layers: a module imports only from layers above its own, and importing the package stays cheap."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -26,6 +27,10 @@ LAYERS = [
     [
         "machines",
         "roofline",
+        "prediction",
+        "validation",
+        "serve.surface",
+        "serve.fleet",
         "sweeps",
         "comparison",
         "viz",
@@ -36,7 +41,7 @@ LAYERS = [
         "themes",
         "explorers",
     ],
-    ["exercises_kernels", "exercises_methods", "exercises"],
+    ["exercises_kernels", "exercises_methods", "exercises_serving", "exercises"],
     ["widgets"],
     ["tour", "cli", "classroom", "site"],
 ]
@@ -54,34 +59,48 @@ FIGURES = {
     "site",
 }
 ORDER = [name for layer in LAYERS for name in layer]
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+#: By file below the package; ``serve/fleet.py`` is "serve.fleet".
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py") if path.stem != "__init__"
+)
 
 
 def imports(source, package="qoqlab"):
-    """Everything that a module imports anywhere, inside functions too: ``{"qoqlab.kv", "torch.nn", ...}``."""
+    """Everything that a module of ``package`` imports anywhere, inside functions too: ``{"qoqlab.kv", "torch.nn", ...}``."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
-            found |= {f"{base}.{alias.name}" for alias in node.names} if base == package else {base}
+            own = package.split(".")
+            above = ".".join(own[: len(own) + 1 - node.level]) if node.level else ""
+            base = ".".join(part for part in (above, node.module or "") if part)
+            packages = {"qoqlab", "qoqlab.serve"}
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base in packages else {base}
     return found
 
 
+def source(name):
+    """A module's text."""
+    return PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+
+
+@functools.cache
 def own_imports(name):
     """Names of the package's modules that a module imports."""
-    found = imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    return {full.split(".")[1] for full in found if full.startswith("qoqlab.")}
+    found = imports(source(name), ".".join(["qoqlab", *name.split(".")[:-1]]))
+    own = [full.split(".")[1:] for full in found if full.startswith("qoqlab.")]
+    return {".".join(parts[: 2 if parts[0] == "serve" else 1]) for parts in own}
 
 
+@functools.cache
 def roots(name):
     """Top-level names of all packages that a module imports."""
-    return {full.split(".")[0] for full in imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))}
+    return {full.split(".")[0] for full in imports(source(name))}
 
 
 def test_the_reader_sees_every_form_of_import():
-    source = """
+    text = """
 from . import a, b
 from .c import x
 import qoqlab.d
@@ -91,7 +110,9 @@ def g():
     from .h import z
     import plotly.express as px
 """
-    assert imports(source) == {"plotly.express", *(f"qoqlab.{name}" for name in "abcdefh")}
+    assert imports(text) == {"plotly.express", *(f"qoqlab.{name}" for name in "abcdefh")}
+    deeper = "from .. import a\nfrom ..b import x\nfrom . import c\nfrom .d import y"
+    assert imports(deeper, "qoqlab.serve") == {"qoqlab.a", "qoqlab.b", "qoqlab.serve.c", "qoqlab.serve.d"}
 
 
 def test_every_module_has_a_layer():

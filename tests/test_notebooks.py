@@ -43,6 +43,7 @@ def test_there_are_notebooks():
         "09_gemm_kernel",
         "10_kv4_kernel",
         "11_your_own_model",
+        "12_serving",
     } <= {p.stem for p in NOTEBOOKS}
 
 

@@ -21,6 +21,16 @@ SERVED = pd.DataFrame(
     {"system": ["s", "t"], "gpu": ["A", "B"], "model": ["m", "n"], "tokens_per_s": [50.0, 300.0], "bound": [100.0, 400.0]}
 )
 COST = pd.DataFrame({"name": ["m", "m"], "group": ["s", "t"], "value": [0.1, 1.0]})
+LOADS = pd.DataFrame(
+    {
+        "precision": ["a", "a", "b"],
+        "load": [1.0, 9.0, 1.0],
+        "total_p50": [1.0, 2.0, 0.5],
+        "total_p95": [2.0, 5.0, 1.0],
+        "dollars_per_million": [3.0, 0.3, 3.0],
+    }
+)
+FILLS = pd.DataFrame({"precision": ["a", "a", "b"], "step": [0, 1, 0], "running": [1, 2, 1], "taken": [4, 8, 3]})
 REPORT = pd.DataFrame({"layer": [0, 1] * 2, "stage": ["rtn"] * 2 + ["clip_it"] * 2, "output_sqnr_db": [10.0, 11, 12, 13]})
 EXPECTED = pd.DataFrame({"token": ["a", "b"] * 2, "model": ["x", "x", "y", "y"], "probability": [0.6, 0.4, 0.5, 0.5]})
 VALUES = torch.randn(64, generator=torch.Generator().manual_seed(0))
@@ -33,6 +43,8 @@ FIGURES = {
     "memory_by_batch": lambda: viz_serving.memory_by_batch(LINES, 12.0, "title"),
     "published_and_bound": lambda: viz_serving.published_and_bound(SERVED, "title"),
     "bars": lambda: viz_serving.bars(COST, "title", "model", "cost in dollars"),
+    "filling": lambda: viz_serving.filling(FILLS, {"a": 8, "b": 4}, "title"),
+    "load_and_cost": lambda: viz_serving.load_and_cost(LOADS, "title"),
     "grid_and_error": lambda: viz_explorers.grid_and_error(VALUES, torch.arange(-3, 4), VALUES.view(8, 8), "title"),
     "next_tokens": lambda: viz_explorers.next_tokens(EXPECTED, "title"),
     "stage_map": lambda: viz_explorers.stage_map(REPORT, "title"),
@@ -91,3 +103,23 @@ def test_stages_keep_their_order():
     figure = FIGURES["stage_map"]()
     assert list(figure.data[0].x) == ["rtn", "clip it"]
     assert figure.data[0].z.tolist() == [[10, 12], [11, 13]]
+
+
+def test_latency_stands_left_and_cost_right():
+    figure = FIGURES["load_and_cost"]()
+    left, half, right = (t for t in figure.data if t.name == "a")
+    assert [t.y.tolist() for t in (left, half, right)] == [[2, 5], [1, 2], pytest.approx([3, 0.3])]
+    assert (left.xaxis, half.xaxis, right.xaxis) == ("x", "x", "x2") and figure.layout.yaxis2.type == "log"
+
+
+def test_pages_are_shown_as_a_share_of_their_own_pool():
+    figure = FIGURES["filling"]()
+    shares = [t.y.tolist() for t in figure.data if t.yaxis == "y2"]
+    assert shares == [[50, 100], [75]]
+
+
+def test_published_may_stand_against_a_prediction():
+    predicted = SERVED.assign(predicted=[60.0, 250.0])
+    figure = viz_serving.published_and_bound(predicted, "title", "predicted")
+    marks = [t for t in figure.data if t.mode == "markers" and len(t.x)]
+    assert [float(t.x[0]) for t in marks] == [60, 250] and "predicted" in figure.layout.xaxis.title.text

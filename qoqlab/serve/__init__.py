@@ -1,0 +1,1 @@
+"""Serving: many requests on one GPU, and many GPUs."""
