@@ -27,7 +27,8 @@ HeadNorms = tuple[torch.Tensor, torch.Tensor, float] | None
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model's attention and cache: a sequence has at most ``max_tokens`` tokens, ``max_batch`` are open."""
+    """Sizes of a model's attention and cache: a sequence has at most ``max_tokens`` tokens, ``max_batch`` are open.
+    ``room``: pages of the cache (None: enough for all of them at their longest)."""
 
     layers: int
     heads: int
@@ -35,11 +36,12 @@ class Shape:
     head_dim: int
     max_batch: int
     max_tokens: int
+    room: int | None = None
 
     @property
     def pages(self) -> int:
-        """Enough for all sequences at their longest."""
-        return self.max_batch * -(-self.max_tokens // PAGE)
+        """Pages of the cache."""
+        return self.room or self.max_batch * -(-self.max_tokens // PAGE)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Attention(Protocol):
 
     #: The sequence of a captured step's rows that have nothing to do; None where steps cannot be captured.
     idle: int | None
+    shape: Shape
 
     def open(self) -> int:
         """A new, empty sequence."""

@@ -223,6 +223,11 @@ class Engine:
         return self.network.embedding.device
 
     @property
+    def pages(self) -> int:
+        """Pages of its cache."""
+        return self.attend.shape.pages
+
+    @property
     def vocabulary(self) -> int:
         """Number of tokens."""
         return self.network.embedding.shape[0]

@@ -258,12 +258,14 @@ def compile(
     max_batch: int = 64,
     max_tokens: int = 2048,
     dtype: torch.dtype | None = None,
+    pages: int | None = None,
 ) -> Engine:
     """An `engine.Engine` that runs a quantised model: on the kernels where ``device`` is a GPU, on `reference` on the CPU.
 
     ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as
     "qoq-g128" and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of
-    activations, by default the model's own, but fp16 for an fp32 model on a GPU.
+    activations, by default the model's own, but fp16 for an fp32 model on a GPU. ``pages``: of the cache, of `paged.PAGE`
+    tokens each; by default enough for all sequences at their longest.
 
     Raises TypeError for another architecture or dtype; ValueError for a layer that engines cannot run, naming it;
     RuntimeError where ``device`` is a GPU and the kernels (extra "cu13" or "cu12") or the GPU are missing.
@@ -271,6 +273,8 @@ def compile(
     architecture = describe(q.model if hasattr(q, "recipe") else q)
     require_count("max_batch", max_batch, 1)
     require_count("max_tokens", max_tokens, 1)
+    if pages is not None:
+        require_count("pages", pages, 1)
     place = torch.device(device)
     form = engine.check(architecture)
     own = architecture.embedding.weight.dtype
@@ -280,7 +284,7 @@ def compile(
     if dtype not in known:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, known))} on {place.type}, got {dtype}")
     first = architecture.blocks[0]
-    shape = Shape(len(architecture.blocks), first.heads, first.kv_heads, first.head_dim, max_batch, max_tokens)
+    shape = Shape(len(architecture.blocks), first.heads, first.kv_heads, first.head_dim, max_batch, max_tokens, pages)
     if not on_gpu:
         cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
         norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]

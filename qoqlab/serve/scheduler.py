@@ -1,0 +1,251 @@
+"""Who runs in the next step: in-flight batching over the pages of a cache. Plain Python, no model inside.
+
+Requests wait in the order in which they came. One is admitted when its prompt and one token more fit into free pages, and
+never before one that came earlier. A running request takes a page when it grows beyond its last; where none is free, the
+request that came last loses its pages and waits at the front of the queue until it is computed again (paper section 5: paged
+KV cache, in-flight batching).
+
+Prompts are taken in whole. A prompt attends to its exact keys and values, which only its own step has; the cache holds their
+4-bit codes. `Policy.BUDGET` therefore limits how many tokens of prompts a step takes beside its decodes, but does not cut a
+prompt; one that is longer than the budget goes alone. The price: a step is never shorter than the longest prompt makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ..allocator import PageAllocator
+from ..checks import require_count, require_enum
+from .requests import Finish, Progress, Request
+
+
+class Policy(Enum):
+    """PREFILL_FIRST: as soon as a waiting prompt fits, a step takes in prompts alone. BUDGET: every step decodes, and takes
+    in prompts beside as far as the budget of tokens goes, so that running requests wait less."""
+
+    PREFILL_FIRST = "prefill first"
+    BUDGET = "budget"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``batch`` requests run at once; ``pages`` of ``page_size`` tokens; a request has at most ``max_tokens``, prompt
+    included; a step takes in at most ``budget`` tokens of prompts (or one prompt)."""
+
+    batch: int
+    pages: int
+    max_tokens: int
+    page_size: int = 64
+    budget: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "pages", "max_tokens", "page_size", "budget"):
+            require_count(name, getattr(self, name), 1)
+
+    def pages_of(self, tokens: int) -> int:
+        """Pages that so many tokens of one request take."""
+        return -(-tokens // self.page_size)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Numbers of requests: whose pages were taken away before the step, whose prompts it takes in, whose next token it
+    decodes."""
+
+    preempted: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+    decode: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Instead of a token: what went wrong with a request."""
+
+    message: str
+
+
+class Scheduler:
+    """Queue, running requests and their pages. `submit` and `cancel` at any time; then `plan` and `complete` in turn."""
+
+    def __init__(self, limits: Limits, policy: Policy = Policy.PREFILL_FIRST) -> None:
+        require_enum("policy", policy, Policy)
+        self.limits, self.policy = limits, policy
+        self.allocator = PageAllocator(limits.pages)
+        self.waiting: deque[Progress] = deque()
+        self.running: list[Progress] = []  # in the order in which they came
+        self._pages: dict[int, list[int]] = {}
+        self._count = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return not self.waiting and not self.running
+
+    def pages_of(self, number: int) -> list[int]:
+        """Pages that a request holds."""
+        return list(self._pages.get(number, ()))
+
+    def submit(self, request: Request) -> Progress:
+        """Put a request at the end of the queue. Raises ValueError for one that can never run."""
+        limits, total = self.limits, len(request.prompt) + request.max_new_tokens - 1
+        if total > limits.max_tokens or limits.pages_of(total) > limits.pages:
+            raise ValueError(
+                f"request: a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need {total} "
+                f"places in the cache; there are {limits.max_tokens} for a request and {limits.pages} pages of {limits.page_size}"
+            )
+        progress = Progress(self._count, request)
+        self._count += 1
+        self.waiting.append(progress)
+        return progress
+
+    def cancel(self, progress: Progress) -> bool:
+        """End a request wherever it is; False if it has ended before."""
+        return self._end(progress, Finish.CANCELLED)
+
+    def _end(self, progress: Progress, finish: Finish) -> bool:
+        if progress.finish is not None:
+            return False
+        progress.finish = finish
+        if progress in self.running:
+            self.running.remove(progress)
+        else:
+            self.waiting.remove(progress)
+        self.allocator.drop(self._pages.pop(progress.number, []))
+        return True
+
+    # -- a step -----------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Step | None:
+        """The next step; None where nothing waits or runs. Its pages are reserved."""
+        if self.policy is Policy.PREFILL_FIRST:
+            admitted = self._admit()
+            if admitted:
+                return Step(prefill=tuple(p.number for p in admitted))
+        preempted = self._grow()
+        decode = tuple(p.number for p in self.running)
+        admitted = self._admit() if self.policy is Policy.BUDGET and not preempted else []
+        if not decode and not admitted:
+            return None
+        return Step(tuple(p.number for p in preempted), tuple(p.number for p in admitted), decode)
+
+    def _admit(self) -> list[Progress]:
+        """Requests from the front of the queue that fit, now running, with pages for prompt and first token."""
+        admitted: list[Progress] = []
+        tokens = 0
+        while self.waiting and len(self.running) < self.limits.batch:
+            prompt = len(self.waiting[0].request.prompt)
+            need = self.limits.pages_of(min(prompt + 1, prompt + self.waiting[0].request.max_new_tokens - 1))
+            if need > self.allocator.free or (admitted and tokens + prompt > self.limits.budget):
+                break
+            progress = self.waiting.popleft()
+            self._pages[progress.number] = self.allocator.take(need)
+            self.running.append(progress)
+            admitted.append(progress)
+            tokens += prompt
+        self.running.sort(key=lambda p: p.number)
+        return admitted
+
+    def _grow(self) -> list[Progress]:
+        """Room for one more token of every running request, those that came last giving theirs up where it is short."""
+        preempted: list[Progress] = []
+        for progress in list(self.running):  # who came first is served first
+            if progress.number not in self._pages:
+                continue
+            while self.limits.pages_of(progress.cached + 1) > len(self._pages[progress.number]):
+                if self.allocator.free:
+                    self._pages[progress.number] += self.allocator.take(1)
+                    continue
+                last = self.running[-1]
+                self._preempt(last)
+                preempted.append(last)
+                if last is progress:
+                    break
+        return preempted
+
+    def _preempt(self, progress: Progress) -> None:
+        self.running.remove(progress)
+        self.allocator.drop(self._pages.pop(progress.number))
+        progress.cached, progress.preemptions = 0, progress.preemptions + 1
+        self.waiting.appendleft(progress)
+
+    def complete(self, step: Step, results: Mapping[int, int | Failure]) -> list[Progress]:
+        """Take in what a step brought: a token (or a `Failure`) for each of its requests that has not ended meanwhile.
+        Tokens that are known from before a preemption stay as they were. Returns the requests that ended."""
+        ended = []
+        taken = set(step.prefill)
+        by_number = {p.number: p for p in self.running}
+        for number in (*step.prefill, *step.decode):
+            progress = by_number.get(number)
+            if progress is None:
+                continue  # cancelled during the step
+            result = results[number]
+            progress.cached = len(progress.request.prompt) if number in taken else progress.cached + 1
+            if isinstance(result, Failure):
+                progress.error = result.message
+                self._end(progress, Finish.ERROR)
+            elif progress.fresh:
+                progress.tokens.append(result)
+                if result in progress.request.stop:
+                    self._end(progress, Finish.STOP)
+                elif len(progress.tokens) == progress.request.max_new_tokens:
+                    self._end(progress, Finish.LENGTH)
+            if progress.finish is not None:
+                ended.append(progress)
+        return ended
+
+
+# -- traces ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Event:
+    """Before step ``at`` (counted from 0) a request comes, or the one of number ``cancel`` is cancelled."""
+
+    at: int
+    request: Request | None = None
+    cancel: int | None = None
+
+
+def read_trace(path: Path) -> list[Event]:
+    """Events from JSON lines: ``{"at": 0, "prompt": [1, 2], "max_new_tokens": 8, "stop": [2]}``, ``{"at": 3, "cancel": 0}``.
+
+    Raises ValueError naming the line that is not one of these.
+    """
+    events = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            fields: dict[str, Any] = json.loads(line)
+            at = fields.pop("at")
+            event = Event(at, None, fields["cancel"]) if "cancel" in fields else Event(at, Request(**fields))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"path: {path}, line {i} is no event of a trace ({error})") from None
+        events.append(event)
+    return events
+
+
+def replay(
+    events: Iterable[Event], scheduler: Scheduler, model: Callable[[Progress], int | Failure]
+) -> Iterator[tuple[Step, list[Progress]]]:
+    """Every step of a trace with the requests that ended in it. ``model`` gives the token that follows what a request has;
+    the same trace gives the same steps."""
+    queue = deque(sorted(events, key=lambda e: e.at))
+    known: list[Progress] = []
+    at = 0
+    while queue or not scheduler.idle:
+        while queue and queue[0].at <= at:
+            event = queue.popleft()
+            if event.request is not None:
+                known.append(scheduler.submit(event.request))
+            elif event.cancel is not None and event.cancel < len(known):
+                scheduler.cancel(known[event.cancel])
+        step = scheduler.plan()
+        at += 1
+        if step is not None:
+            results = {number: model(known[number]) for number in (*step.prefill, *step.decode)}
+            yield step, scheduler.complete(step, results)

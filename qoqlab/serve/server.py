@@ -1,0 +1,180 @@
+"""A server for one engine: requests come and go while others run (paper section 5, in-flight batching).
+
+A measuring instrument, not a web service: it runs in the caller's thread, step by step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import pandas as pd
+import torch
+
+from ..engine import Engine, Sampling
+from ..paged import PAGE
+from .requests import Finish, Progress, Request
+from .scheduler import Failure, Limits, Policy, Scheduler, Step
+
+
+class Server:
+    """Serves requests on an engine: `submit` them, `step` until `idle`, or `run` a list.
+
+    ``requests``: all that were submitted, by number, with their tokens, times (seconds of ``clock`` since the server was
+    made) and ends. ``steps``: what every step had to do (sequences decoded, tokens cached for them, tokens of prompts) and
+    its seconds in prefill, in decode, and in everything else.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy = Policy.PREFILL_FIRST,
+        budget: int = 8192,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        limits = Limits(engine.max_batch, engine.pages, engine.max_tokens, PAGE, budget)
+        self.engine, self.scheduler = engine, Scheduler(limits, policy)
+        self.requests: list[Progress] = []
+        self.steps: list[dict[str, float]] = []
+        self._clock, self._start = clock, clock()
+        self._sequences: dict[int, int] = {}  # the engine's, of running requests
+        self._generators: dict[int, torch.Generator] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing runs."""
+        return self.scheduler.idle
+
+    def now(self) -> float:
+        """Seconds since the server was made."""
+        return self._clock() - self._start
+
+    def submit(self, request: Request) -> int:
+        """The request's number. Raises ValueError for a token outside the vocabulary and a request that can never fit."""
+        if max(request.prompt) >= self.engine.vocabulary:
+            raise ValueError(f"prompt: token {max(request.prompt)} is outside 0..{self.engine.vocabulary - 1}")
+        self.requests.append(self.scheduler.submit(request))
+        return self.requests[-1].number
+
+    def cancel(self, number: int) -> bool:
+        """End a request; False if it has ended before. Raises ValueError for a number that is no request's."""
+        if not 0 <= number < len(self.requests):
+            raise ValueError(f"number: {number} is not one of {len(self.requests)} requests")
+        progress = self.requests[number]
+        done = self.scheduler.cancel(progress)
+        if done:
+            self._close(progress)
+        return done
+
+    def run(self, requests: Iterable[Request] = ()) -> list[Progress]:
+        """Submit requests as they arrive, step until nothing is left, and return them as they ended."""
+        coming = sorted(requests, key=lambda r: r.arrival)
+        found = []
+        while coming or not self.idle:
+            while coming and coming[0].arrival <= self.now():
+                found.append(self.requests[self.submit(coming.pop(0))])
+            if not self.step() and coming:
+                time.sleep(min(0.01, max(0.0, coming[0].arrival - self.now())))
+        return found
+
+    def step(self) -> bool:
+        """One step, if there is anything to do."""
+        start = self.now()
+        step = self.scheduler.plan()
+        if step is None:
+            return False
+        for number in step.preempted:
+            self._free(number)
+        planned = self.now()
+        results: dict[int, int | Failure] = {}
+        cached = sum(self.requests[number].cached for number in step.decode)
+        if step.prefill:
+            prompts = [self.requests[number].request.prompt for number in step.prefill]
+            sequences, logits = self.engine.prefill(prompts)
+            self._sequences |= dict(zip(step.prefill, sequences, strict=True))
+            results |= self._choose(step.prefill, logits, after_prompt=True)
+        prefilled = self.now()
+        if step.decode:
+            sequences = [self._sequences[number] for number in step.decode]
+            inputs = [self.requests[number].next_input for number in step.decode]
+            results |= self._choose(step.decode, self.engine.decode(sequences, inputs), after_prompt=False)
+        decoded = self.now()
+        self._finish(step, results)
+        row = {"batch": len(step.decode), "cached": cached, "prompts": 0.0, "preempted": len(step.preempted)}
+        row["prompts"] = float(sum(len(self.requests[number].request.prompt) for number in step.prefill))
+        row |= {"prefill_s": prefilled - planned, "decode_s": decoded - prefilled}
+        self.steps.append(row | {"other_s": self.now() - start - (decoded - planned)})
+        return True
+
+    def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor, after_prompt: bool) -> dict[int, int | Failure]:
+        """The next token of each request, from ``logits [B, V]``; one wait for the device for all greedy ones."""
+        greedy, spoilt = torch.stack([logits.argmax(-1), logits.isnan().any(-1).long()]).tolist()
+        found: dict[int, int | Failure] = {}
+        for i, number in enumerate(numbers):
+            progress = self.requests[number]
+            sampling: Sampling | None = progress.request.sampling
+            known = len(progress.tokens) > (0 if after_prompt else progress.cached - len(progress.request.prompt) + 1)
+            if spoilt[i]:
+                found[number] = Failure("the model's logits are NaN")
+            elif sampling is None or known:  # a token that is known from before a preemption is not drawn again
+                found[number] = greedy[i]
+            else:
+                found[number] = int(sampling.choose(logits[i : i + 1], self._generator(number, sampling)))
+        return found
+
+    def _generator(self, number: int, sampling: Sampling) -> torch.Generator:
+        if number not in self._generators:
+            self._generators[number] = torch.Generator(self.engine.device).manual_seed(sampling.seed)
+        return self._generators[number]
+
+    def _finish(self, step: Step, results: dict[int, int | Failure]) -> None:
+        """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
+        before = {number: len(self.requests[number].tokens) for number in results}
+        ended = self.scheduler.complete(step, results)
+        for number, count in before.items():
+            progress = self.requests[number]
+            if len(progress.tokens) == count:
+                continue
+            if progress.first is None:
+                progress.first = self.now()
+            listener = progress.request.on_token
+            if listener is None:
+                continue
+            try:
+                listener(number, progress.tokens[-1])
+            except Exception as error:
+                progress.error = f"on_token: {type(error).__name__}: {error}"
+                if self.scheduler.cancel(progress):
+                    ended.append(progress)
+                progress.finish = Finish.ERROR
+        for progress in ended:
+            self._close(progress)
+
+    def _free(self, number: int) -> None:
+        sequence = self._sequences.pop(number, None)
+        if sequence is not None:
+            self.engine.free([sequence])
+
+    def _close(self, progress: Progress) -> None:
+        progress.end = self.now()
+        self._free(progress.number)
+        self._generators.pop(progress.number, None)
+
+    def record(self) -> pd.DataFrame:
+        """A row per ended request: ``arrival``, ``prompt``, ``output`` (tokens), ``first``, ``finish`` (seconds),
+        ``reason``, ``preemptions``. What `fleet.replay` and `fleet.latencies` read, once those without a token are left out."""
+        rows = [
+            {
+                "arrival": p.request.arrival,
+                "prompt": len(p.request.prompt),
+                "output": len(p.tokens),
+                "first": p.first,
+                "finish": p.end,
+                "reason": p.finish.value,
+                "preemptions": p.preemptions,
+            }
+            for p in self.requests
+            if p.finish is not None
+        ]
+        columns = ["arrival", "prompt", "output", "first", "finish", "reason", "preemptions"]
+        return pd.DataFrame(rows, columns=columns)

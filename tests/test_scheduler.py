@@ -1,0 +1,173 @@
+"""The scheduler: pages, order, preemption, traces; any function stands for the model."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qoqlab.serve.requests import Finish, Request
+from qoqlab.serve.scheduler import Event, Failure, Limits, Policy, Scheduler, Step, read_trace, replay
+
+PAGE = 4
+
+
+def after(progress):
+    """A model: the next token is a function of everything before it that the cache holds."""
+    seen = (*progress.request.prompt, *progress.tokens)[: max(len(progress.request.prompt), progress.cached + 1)]
+    return hash(seen) % 97
+
+
+def checked(scheduler):
+    """Every page is held once, by a running request, and no running request has too few or many."""
+    held = [page for progress in scheduler.running for page in scheduler.pages_of(progress.number)]
+    assert len(set(held)) == len(held) == scheduler.limits.pages - scheduler.allocator.free
+    for progress in scheduler.running:
+        count = len(scheduler.pages_of(progress.number))
+        assert scheduler.limits.pages_of(progress.cached) <= count <= scheduler.limits.pages_of(progress.cached + 1)
+    assert all(not scheduler.pages_of(progress.number) for progress in scheduler.waiting)
+
+
+requests = st.builds(
+    Request,
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=9).map(tuple),
+    max_new_tokens=st.integers(1, 12),
+    stop=st.frozensets(st.integers(0, 96), max_size=6),
+)
+events = st.lists(
+    st.one_of(
+        st.builds(Event, at=st.integers(0, 25), request=requests),
+        st.builds(Event, at=st.integers(0, 40), cancel=st.integers(0, 11)),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(events, st.integers(1, 4), st.integers(5, 12), st.sampled_from(Policy), st.integers(1, 20))
+def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(trace, batch, pages, policy, budget):
+    limits = Limits(batch, pages, max_tokens=20, page_size=PAGE, budget=budget)
+    scheduler, all_requests = Scheduler(limits, policy), []
+    submit = scheduler.submit
+    scheduler.submit = lambda request: all_requests.append(submit(request)) or all_requests[-1]
+    started = []
+    for count, (step, ended) in enumerate(replay(trace, scheduler, after)):
+        assert count < 2000, "somebody starves"
+        checked(scheduler)
+        assert len(step.decode) + len(step.prefill) <= batch and not set(step.prefill) & set(step.decode)
+        taken = [len(all_requests[number].request.prompt) for number in step.prefill]
+        assert len(taken) <= 1 or sum(taken) <= budget
+        started += [number for number in step.prefill if number not in started]
+        assert all(p.finish is not None for p in ended)
+    assert started == sorted(started), "first come, first served"
+    assert scheduler.idle and scheduler.allocator.free == pages
+    for progress in all_requests:
+        alone = Scheduler(limits, policy)
+        only = alone.submit(progress.request)
+        while (step := alone.plan()) is not None:
+            alone.complete(step, {0: after(only)})
+        if progress.finish is Finish.CANCELLED:
+            assert only.tokens[: len(progress.tokens)] == progress.tokens
+        else:
+            assert (progress.tokens, progress.finish) == (only.tokens, only.finish)
+
+
+def test_the_last_comer_is_preempted_and_computed_again():
+    scheduler = Scheduler(Limits(2, 3, 12, PAGE))
+    first, second = (scheduler.submit(Request((1, 2, 3), 8)) for _ in range(2))
+    assert scheduler.plan() == Step(prefill=(0, 1))
+    scheduler.complete(Step(prefill=(0, 1)), {0: 10, 1: 20})
+    steps = []
+    while (step := scheduler.plan()) is not None:
+        steps.append(step)
+        known = second.tokens if second.tokens else [20]
+        scheduler.complete(step, {n: 30 + len(steps) for n in (*step.prefill, *step.decode)})
+        assert second.tokens[: len(known)] == known  # what is known stays
+    preempted = next(i for i, step in enumerate(steps) if step.preempted)
+    assert steps[preempted] == Step(preempted=(1,), decode=(0,)) and second.preemptions == 1
+    assert (len(first.tokens), len(second.tokens)) == (8, 8)
+    again = next(i for i, step in enumerate(steps) if step.prefill)
+    assert again > preempted and steps[again].prefill == (1,)
+    # five steps of a page's four tokens passed before; they are fed again, one a step
+    assert len(steps) == again + 1 + 7
+
+
+def test_a_prompt_never_overtakes_an_earlier_one():
+    scheduler = Scheduler(Limits(4, 4, 16, PAGE))
+    for length in (9, 13, 1):
+        scheduler.submit(Request(tuple(range(length)), 2))
+    assert scheduler.plan() == Step(prefill=(0,)), "13 tokens do not fit beside 9, and the third request waits for them"
+
+
+def test_budget_decodes_and_prefills_in_one_step():
+    scheduler = Scheduler(Limits(4, 40, 32, PAGE, budget=6), Policy.BUDGET)
+    for length in (4, 9, 3, 3, 1):
+        scheduler.submit(Request(tuple(range(length)), 9))
+    seen = []
+    for _ in range(4):
+        step = scheduler.plan()
+        seen.append((step.prefill, step.decode))
+        scheduler.complete(step, {n: 1 for n in (*step.prefill, *step.decode)})
+    assert seen == [((0,), ()), ((1,), (0,)), ((2, 3), (0, 1)), ((), (0, 1, 2, 3))]
+
+
+def test_failures_and_stops_end_one_request_only():
+    scheduler = Scheduler(Limits(3, 9, 12, PAGE))
+    a, b, c = (scheduler.submit(Request((1,), 3, stop=frozenset({7}))) for _ in range(3))
+    step = scheduler.plan()
+    assert scheduler.complete(step, {0: Failure("broken"), 1: 7, 2: 5}) == [a, b]
+    assert (a.finish, a.error, a.tokens) == (Finish.ERROR, "broken", []) and (b.finish, b.tokens) == (Finish.STOP, [7])
+    assert scheduler.running == [c] and scheduler.cancel(c) and not scheduler.cancel(c) and scheduler.idle
+    assert scheduler.plan() is None and scheduler.allocator.free == 9
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_cancelled_at_every_step(at):
+    scheduler = Scheduler(Limits(2, 6, 12, PAGE))
+    trace = [Event(0, Request((1, 2), 5)), Event(0, Request((3,), 5)), Event(1, Request((4,), 3)), Event(at, cancel=0)]
+    ended = [p.number for _, done in replay(trace, scheduler, after) for p in done]
+    assert scheduler.idle and scheduler.allocator.free == 6 and set(ended) >= {1, 2}
+
+
+def test_ten_thousand_requests_queue():
+    scheduler = Scheduler(Limits(64, 640, 64))
+    every = [scheduler.submit(Request((1,) * 40, 8)) for _ in range(10_000)]
+    while (step := scheduler.plan()) is not None:
+        scheduler.complete(step, {n: 1 for n in (*step.prefill, *step.decode)})
+    assert all(len(p.tokens) == 8 and p.finish is Finish.LENGTH for p in every) and scheduler.allocator.free == 640
+
+
+def test_a_trace_repeats(tmp_path):
+    lines = [{"at": 0, "prompt": [1, 2], "max_new_tokens": 4}, {"at": 2, "prompt": [3], "max_new_tokens": 2, "stop": [5]}]
+    lines.append({"at": 3, "cancel": 0})
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    runs = [[step for step, _ in replay(read_trace(path), Scheduler(Limits(2, 4, 8, PAGE)), after)] for _ in range(2)]
+    assert runs[0] == runs[1] and runs[0][0] == Step(prefill=(0,))
+    path.write_text(path.read_text() + '\n{"at": 1}', encoding="utf-8")
+    with pytest.raises(ValueError, match="line 4 is no event"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Request((), 1), "prompt: no tokens"),
+        (lambda: Request((1, -2), 1), "prompt: token -2"),
+        (lambda: Request((1,), 0), "max_new_tokens"),
+        (lambda: Request((1,), 1, arrival=-1.0), "arrival"),
+        (lambda: Limits(0, 1, 1), "batch"),
+        (lambda: Scheduler(Limits(1, 2, 99, PAGE)).submit(Request((1,) * 8, 2)), "9 places in the cache.* 2 pages of 4"),
+        (lambda: Scheduler(Limits(1, 9, 5, PAGE)).submit(Request((1,) * 5, 2)), "6 places in the cache; there are 5"),
+        (lambda: Scheduler(Limits(1, 1, 1), "fast"), "policy"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_a_request_that_just_fits_runs():
+    scheduler = Scheduler(Limits(1, 2, 8, PAGE))
+    progress = scheduler.submit(Request((1,) * 8, 1))
+    assert [step for step, _ in replay([], scheduler, lambda p: 5)] == [] or progress.finish is Finish.LENGTH

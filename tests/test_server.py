@@ -1,0 +1,148 @@
+"""The server on a real engine (CPU reference): the same tokens as `generate`, whatever else is served; faults stay apart."""
+
+import gc
+import os
+import time
+import tracemalloc
+
+import pytest
+import torch
+
+from qoqlab import quantize, runtime
+from qoqlab.engine import Sampling
+from qoqlab.serve.requests import Finish, Request
+from qoqlab.serve.scheduler import Policy
+from qoqlab.serve.server import Server
+
+from .families import tiny_model
+
+PROMPTS = [(3, 1, 4, 1, 5, 9, 2, 6), (5,), tuple(range(60)), (7, 7, 7), (9, 8, 7, 6)]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return quantize(tiny_model("llama"), "rtn-w4a8kv4-g128", progress=False)
+
+
+def engine_of(quantized, batch=3, pages=None):
+    return runtime.compile(quantized, "cpu", max_batch=batch, max_tokens=128, pages=pages)
+
+
+@pytest.fixture(scope="module")
+def expected(quantized):
+    """Greedy tokens of every prompt alone."""
+    return [engine_of(quantized).generate([prompt], 9)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_tokens_do_not_depend_on_company(quantized, expected, policy):
+    server = Server(engine_of(quantized), policy, budget=16)
+    found = server.run([Request(prompt, 9, arrival=0.02 * i) for i, prompt in enumerate(PROMPTS)])
+    assert [p.tokens for p in found] == expected and {p.finish for p in found} == {Finish.LENGTH}
+    assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
+    record = server.record()
+    assert (record["first"] >= record["arrival"]).all() and (record["finish"] >= record["first"]).all()
+    assert record["output"].sum() == 45 and sum(row["prompts"] for row in server.steps) == sum(map(len, PROMPTS))
+
+
+def test_preemption_changes_no_token(quantized, expected):
+    """Two prompts that cross into a second page where there are three."""
+    prompt = PROMPTS[2]
+    server = Server(engine_of(quantized, pages=3))
+    found = server.run([Request(prompt, 9), Request(prompt, 9), Request(PROMPTS[0], 9)])
+    assert sum(p.preemptions for p in found) >= 1
+    assert [p.tokens for p in found] == [expected[2], expected[2], expected[0]]
+    assert server.engine.attend.cache.free_pages == 3
+
+
+def test_sampling_is_the_requests_own(quantized):
+    sampled = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=4)
+    alone = Server(engine_of(quantized)).run([Request(PROMPTS[2], 9, sampling=sampled)])[0].tokens
+    others = [Request(p, 9, sampling=Sampling(1.0, seed=i)) for i, p in enumerate(PROMPTS)]
+    server = Server(engine_of(quantized, pages=3))
+    assert server.run([others[2], Request(PROMPTS[2], 9, sampling=sampled), *others])[1].tokens == alone
+    assert sum(p.preemptions for p in server.requests) >= 1 and len(set(alone)) > 1
+
+
+def test_one_token_and_stop(quantized, expected):
+    server = Server(engine_of(quantized))
+    stop = expected[0][3]
+    one, stopped = server.run([Request(PROMPTS[1], 1), Request(PROMPTS[0], 9, stop={stop})])
+    assert one.tokens == expected[1][:1] and one.finish is Finish.LENGTH
+    assert stopped.tokens == expected[0][: expected[0].index(stop) + 1] and stopped.finish is Finish.STOP
+
+
+def test_bad_requests_are_refused_and_nothing_changes(quantized):
+    server = Server(engine_of(quantized, pages=1))
+    with pytest.raises(ValueError, match="outside 0.."):
+        server.submit(Request((10**6,), 1))
+    with pytest.raises(ValueError, match="places in the cache"):
+        server.submit(Request((1,) * 65, 1))
+    with pytest.raises(ValueError, match="number: 0"):
+        server.cancel(0)
+    assert server.idle and not server.step() and server.record().empty
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_cancelled_at_every_step(quantized, expected, at):
+    server = Server(engine_of(quantized, pages=3))
+    numbers = [server.submit(Request(PROMPTS[i], 9)) for i in (0, 2, 2)]
+    for _ in range(at):
+        server.step()
+    assert server.cancel(numbers[1]) and not server.cancel(numbers[1])
+    server.run()
+    assert [server.requests[n].tokens for n in (0, 2)] == [expected[0], expected[2]]
+    assert server.requests[1].finish is Finish.CANCELLED and server.engine.attend.cache.free_pages == 3
+
+
+def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch):
+    """A listener that raises; logits that are NaN."""
+    heard = []
+
+    def fails(number, token):
+        if len(heard) == 2:
+            raise RuntimeError("no more room")
+        heard.append(token)
+
+    server = Server(engine_of(quantized))
+    decode = server.engine.decode
+
+    def spoilt(sequences, tokens):
+        logits = decode(sequences, tokens)
+        for row, sequence in enumerate(sequences):
+            if sequence == server._sequences.get(1) and len(server.requests[1].tokens) == 4:
+                logits[row, 3] = torch.nan
+        return logits
+
+    monkeypatch.setattr(server.engine, "decode", spoilt)
+    first, second, third = server.run(
+        [Request(PROMPTS[0], 9, on_token=fails), Request(PROMPTS[2], 9), Request(PROMPTS[1], 9)]
+    )
+    assert first.finish is Finish.ERROR and "no more room" in first.error and heard == expected[0][:2]
+    assert second.finish is Finish.ERROR and "NaN" in second.error and second.tokens == expected[2][:4]
+    assert third.tokens == expected[1] and server.engine.attend.cache.free_pages == server.engine.pages
+    assert list(server.record()["reason"]) == ["error", "error", "length"]
+
+
+def test_memory_stays_flat(quantized):
+    """A soak of a few seconds, or as many as QOQLAB_SOAK_S says: waves of requests with preemption and cancelling."""
+    seconds = float(os.environ.get("QOQLAB_SOAK_S", "4"))
+    server = Server(engine_of(quantized, pages=4))
+    end, sizes, wave = time.monotonic() + seconds, [], 0
+    tracemalloc.start()
+    try:
+        while time.monotonic() < end or len(sizes) < 4:
+            for i in range(4):
+                server.submit(Request(PROMPTS[(wave + i) % 5], 3 + (wave + i) % 4))
+            server.cancel(len(server.requests) - 1)
+            server.run()
+            server.requests = server.requests[:0]  # as `Server` numbers them by the scheduler's count
+            server.scheduler._count = 0
+            server.steps.clear()
+            gc.collect()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+            wave += 1
+    finally:
+        tracemalloc.stop()
+    assert max(sizes[len(sizes) // 2 :]) - max(sizes[: len(sizes) // 2]) < 100_000
+    assert server.engine.attend.cache.free_pages == 4 and not server._sequences and not server._generators
