@@ -169,6 +169,15 @@ def _to(weight: Any, device: torch.device) -> Any:
     return type(weight)(**moved)
 
 
+def step_size(count: int) -> int:
+    """Rows of the captured step for ``count`` sequences: a power of two up to 16, then a multiple of 16, from 256 on of
+    64."""
+    if count <= 16:
+        return 1 << (count - 1).bit_length()
+    multiple = 16 if count <= 256 else 64
+    return -(-count // multiple) * multiple
+
+
 class Step:
     """A step of ``size`` sequences as a CUDA graph. Rows without one repeat the token `IDLE` of the sequence ``idle``."""
 
@@ -202,7 +211,7 @@ class Engine:
     """A compiled model: `prefill` prompts, `decode` a token for each of a batch of sequences, `free` them; or `generate`.
 
     ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each, prompt included. ``lengths``: tokens of every
-    open sequence. On a GPU a step is a captured graph, one for each power of two of sequences, made at its first use.
+    open sequence. On a GPU a step is a captured graph, one for each `step_size`, made at its first use.
     """
 
     def __init__(
@@ -318,7 +327,7 @@ class Engine:
 
     def _captured(self, count: int) -> Step:
         """The captured step for at least ``count`` sequences."""
-        size = 1 << (count - 1).bit_length()
+        size = step_size(count)
         if size not in self._steps:
             assert self.attend.idle is not None
             self._steps[size] = Step(

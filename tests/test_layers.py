@@ -32,6 +32,8 @@ LAYERS = [
         "serve.requests",
         "serve.scheduler",
         "serve.server",
+        "serve.planner",
+        "serve.bench",
         "serve.surface",
         "serve.fleet",
         "sweeps",

@@ -24,7 +24,8 @@ def checked(scheduler):
     assert len(set(held)) == len(held) == scheduler.limits.pages - scheduler.allocator.free
     for progress in scheduler.running:
         count = len(scheduler.pages_of(progress.number))
-        assert scheduler.limits.pages_of(progress.cached) <= count <= scheduler.limits.pages_of(progress.cached + 1)
+        known = len(progress.request.prompt) + len(progress.tokens)
+        assert scheduler.limits.pages_of(progress.cached) <= count <= scheduler.limits.pages_of(known + 1)
     assert all(not scheduler.pages_of(progress.number) for progress in scheduler.waiting)
 
 
@@ -88,8 +89,7 @@ def test_the_last_comer_is_preempted_and_computed_again():
     assert (len(first.tokens), len(second.tokens)) == (8, 8)
     again = next(i for i, step in enumerate(steps) if step.prefill)
     assert again > preempted and steps[again].prefill == (1,)
-    # five steps of a page's four tokens passed before; they are fed again, one a step
-    assert len(steps) == again + 1 + 7
+    assert len(steps) == again + 1 + 7  # all tokens but the last are fed, those from before again
 
 
 def test_a_prompt_never_overtakes_an_earlier_one():
@@ -157,7 +157,10 @@ def test_a_trace_repeats(tmp_path):
         (lambda: Request((1,), 0), "max_new_tokens"),
         (lambda: Request((1,), 1, arrival=-1.0), "arrival"),
         (lambda: Limits(0, 1, 1), "batch"),
-        (lambda: Scheduler(Limits(1, 2, 99, PAGE)).submit(Request((1,) * 8, 2)), "9 places in the cache.* 2 pages of 4"),
+        (
+            lambda: Scheduler(Limits(1, 2, 99, PAGE)).submit(Request((1,) * 8, 2)),
+            "9 places in the cache.* 2 pages of 4 tokens",
+        ),
         (lambda: Scheduler(Limits(1, 9, 5, PAGE)).submit(Request((1,) * 5, 2)), "6 places in the cache; there are 5"),
         (lambda: Scheduler(Limits(1, 1, 1), "fast"), "policy"),
     ],
@@ -168,6 +171,6 @@ def test_bad_input_is_named(make, message):
 
 
 def test_a_request_that_just_fits_runs():
-    scheduler = Scheduler(Limits(1, 2, 8, PAGE))
-    progress = scheduler.submit(Request((1,) * 8, 1))
-    assert [step for step, _ in replay([], scheduler, lambda p: 5)] == [] or progress.finish is Finish.LENGTH
+    trace = [Event(0, Request((1,) * 8, 1)), Event(0, Request((1,) * 5, 4))]
+    ended = [p for _, done in replay(trace, Scheduler(Limits(1, 2, 8, PAGE)), after) for p in done]
+    assert [(p.number, p.finish, len(p.tokens)) for p in ended] == [(0, Finish.LENGTH, 1), (1, Finish.LENGTH, 4)]

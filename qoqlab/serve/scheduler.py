@@ -1,7 +1,8 @@
 """Who runs in the next step: in-flight batching over the pages of a cache. Plain Python, no model inside.
 
-Requests wait in the order in which they came. One is admitted when its prompt and one token more fit into free pages, and
-never before one that came earlier. A running request takes a page when it grows beyond its last; where none is free, the
+Requests wait in the order in which they came. One is admitted when all its tokens and one more fit into free pages, and
+another free page remains for each running request, so that it is not thrown out at once; and never before one that came
+earlier. A running request takes a page when it grows beyond its last; where none is free, the
 request that came last loses its pages and waits at the front of the queue until it is computed again (paper section 5: paged
 KV cache, in-flight batching).
 
@@ -97,7 +98,8 @@ class Scheduler:
         if total > limits.max_tokens or limits.pages_of(total) > limits.pages:
             raise ValueError(
                 f"request: a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need {total} "
-                f"places in the cache; there are {limits.max_tokens} for a request and {limits.pages} pages of {limits.page_size}"
+                f"places in the cache; there are {limits.max_tokens} for a request and {limits.pages} pages of "
+                f"{limits.page_size} tokens"
             )
         progress = Progress(self._count, request)
         self._count += 1
@@ -135,13 +137,14 @@ class Scheduler:
         return Step(tuple(p.number for p in preempted), tuple(p.number for p in admitted), decode)
 
     def _admit(self) -> list[Progress]:
-        """Requests from the front of the queue that fit, now running, with pages for prompt and first token."""
+        """Requests from the front of the queue that fit, now running, with pages for what they have and one token more."""
         admitted: list[Progress] = []
         tokens = 0
         while self.waiting and len(self.running) < self.limits.batch:
-            prompt = len(self.waiting[0].request.prompt)
-            need = self.limits.pages_of(min(prompt + 1, prompt + self.waiting[0].request.max_new_tokens - 1))
-            if need > self.allocator.free or (admitted and tokens + prompt > self.limits.budget):
+            first = self.waiting[0]
+            prompt, new = len(first.request.prompt), len(first.tokens) + 1
+            need = self.limits.pages_of(prompt + min(new, first.request.max_new_tokens - 1))
+            if need + len(self.running) > self.allocator.free or (admitted and tokens + prompt > self.limits.budget):
                 break
             progress = self.waiting.popleft()
             self._pages[progress.number] = self.allocator.take(need)

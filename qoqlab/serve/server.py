@@ -34,7 +34,7 @@ class Server:
     ) -> None:
         limits = Limits(engine.max_batch, engine.pages, engine.max_tokens, PAGE, budget)
         self.engine, self.scheduler = engine, Scheduler(limits, policy)
-        self.requests: list[Progress] = []
+        self.requests: dict[int, Progress] = {}
         self.steps: list[dict[str, float]] = []
         self._clock, self._start = clock, clock()
         self._sequences: dict[int, int] = {}  # the engine's, of running requests
@@ -53,13 +53,14 @@ class Server:
         """The request's number. Raises ValueError for a token outside the vocabulary and a request that can never fit."""
         if max(request.prompt) >= self.engine.vocabulary:
             raise ValueError(f"prompt: token {max(request.prompt)} is outside 0..{self.engine.vocabulary - 1}")
-        self.requests.append(self.scheduler.submit(request))
-        return self.requests[-1].number
+        progress = self.scheduler.submit(request)
+        self.requests[progress.number] = progress
+        return progress.number
 
     def cancel(self, number: int) -> bool:
         """End a request; False if it has ended before. Raises ValueError for a number that is no request's."""
-        if not 0 <= number < len(self.requests):
-            raise ValueError(f"number: {number} is not one of {len(self.requests)} requests")
+        if number not in self.requests:
+            raise ValueError(f"number: {number} is not a request's")
         progress = self.requests[number]
         done = self.scheduler.cancel(progress)
         if done:
@@ -160,9 +161,14 @@ class Server:
         self._free(progress.number)
         self._generators.pop(progress.number, None)
 
+    def forget(self) -> None:
+        """Drop what is known of ended requests and past steps, so that a server that runs for long stays small."""
+        self.requests = {n: p for n, p in self.requests.items() if p.finish is None}
+        self.steps.clear()
+
     def record(self) -> pd.DataFrame:
         """A row per ended request: ``arrival``, ``prompt``, ``output`` (tokens), ``first``, ``finish`` (seconds),
-        ``reason``, ``preemptions``. What `fleet.replay` and `fleet.latencies` read, once those without a token are left out."""
+        ``reason``, ``preemptions``. `fleet.replay` and `fleet.latencies` read it, once rows without a token are left out."""
         rows = [
             {
                 "arrival": p.request.arrival,
@@ -173,7 +179,7 @@ class Server:
                 "reason": p.finish.value,
                 "preemptions": p.preemptions,
             }
-            for p in self.requests
+            for p in self.requests.values()
             if p.finish is not None
         ]
         columns = ["arrival", "prompt", "output", "first", "finish", "reason", "preemptions"]

@@ -1,0 +1,282 @@
+"""Tokens per second that one GPU serves at most, for 4-bit QoQ on these kernels and for fp16 on torch's.
+
+    python -m qoqlab.serve.bench --model llama-3-8b --precision w4a8kv4-g128,fp16 --budget-gb 80 --json FILE
+
+The paper's setting: prompts of 1024 tokens, 512 new ones each, pages of 64, the batch as large as memory allows. Weights are
+random and made on the GPU. A *round* is ``batch`` requests that come at once; tokens per second are all new tokens over the
+time of the round, prompts included.
+
+QoQ rounds are served by `qoqlab.serve.server.Server`, from the first prompt to the last token, the host's work included;
+``overhead`` is the share of decoding during which the GPU does not run a step. fp16 is torch at its best: cuBLAS, the faster
+of its fused attentions, a static cache, and CUDA graphs made for a context; its round is put together from the measured time
+of a prefill and of steps at the first, the middle and the last context, without any work of a host. That is in its favour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+import qoqlab_kernels
+from qoqlab import prediction, progressive, roofline
+from qoqlab.affine import quantize_per_channel_u4
+from qoqlab.arithmetic import KernelOps, Projection
+from qoqlab.cached_attention import KernelAttention, Shape
+from qoqlab.engine import Engine, Layer, Network
+from qoqlab.machines import GPUS, MODELS, Geometry, Gpu
+from qoqlab.serve import planner
+from qoqlab.serve.requests import Finish, Request
+from qoqlab.serve.server import Server
+
+from . import bench_decode, matmul, measure
+from .bench_decode import DTYPE, EPS, GROUP
+
+MODULE = "qoqlab.serve.bench"
+#: Formats by the names of the command line: `roofline.PRECISIONS`.
+PRECISIONS = {"w4a8kv4-g128": "W4A8KV4", "w4a8kv4": "W4A8KV4 per channel", "fp16": "fp16"}
+#: Tokens of prompts that a step takes in at most.
+PREFILL = 8192
+
+
+@dataclass(frozen=True)
+class Round:
+    """``batch`` requests of ``prompt`` tokens, ``output`` new ones each."""
+
+    batch: int
+    prompt: int
+    output: int
+
+
+def random_network(model: Geometry, precision: str) -> Network:
+    """Weights of the engine, one random layer copied to all places of memory that a real model's would take."""
+
+    def packed(n: int, k: int) -> Any:
+        w = bench_decode._weight(n, k)
+        return qoqlab_kernels.pack_weight(
+            progressive.quantize(w, GROUP) if precision == "w4a8kv4-g128" else quantize_per_channel_u4(w)
+        )
+
+    made = [packed(*shape) for shape in model.shapes.values()]
+    ones, layers = torch.ones(model.hidden, device="cuda", dtype=DTYPE), []
+    for _ in range(model.layers):
+        own = [Projection(replace(w, units=w.units.clone()), None) for w in made]
+        layers.append(Layer(own[0], own[1], own[2], own[3], ones, ones, None))
+    torch.cuda.synchronize()  # kernels fetch weights before they wait for the one that wrote them
+    embedding, head = (bench_decode._weight(model.vocabulary, model.hidden) for _ in range(2))
+    return Network(layers, embedding, ones, EPS, head)
+
+
+def engine_of(model: Geometry, network: Network, job: Round) -> Engine:
+    """An engine with room for a round."""
+    tokens = job.prompt + job.output
+    shape = Shape(model.layers, model.heads, model.kv_heads, model.head_dim, job.batch, tokens)
+    rotary = bench_decode._rotary(tokens, model.head_dim)
+    attend = KernelAttention(qoqlab_kernels, shape, rotary, [None] * model.layers)
+    return Engine(network, KernelOps(qoqlab_kernels, DTYPE), attend, (job.batch, tokens))
+
+
+class Timed:
+    """A captured graph whose replays are timed by events."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self.graph, self.events = graph, []  # type: ignore[var-annotated]
+
+    def replay(self) -> None:
+        """Replay it."""
+        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+        pair[0].record()
+        self.graph.replay()
+        pair[1].record()
+        self.events.append(pair)
+
+    def seconds(self) -> float:
+        """Of all replays."""
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self.events) / 1e3
+
+
+def requests_of(job: Round, vocabulary: int) -> list[Request]:
+    """A round of random prompts."""
+    prompts = torch.randint(vocabulary, (job.batch, job.prompt)).tolist()
+    return [Request(tuple(prompt), job.output) for prompt in prompts]
+
+
+def serve_round(engine: Engine, job: Round) -> dict[str, Any]:
+    """A round through the server. Raises `measure.WrongResult` where a request did not get its tokens."""
+    warm = Round(job.batch, min(job.prompt, 64), 3)
+    Server(engine, budget=PREFILL).run(requests_of(warm, engine.vocabulary))  # compiles, and captures the step
+    timed = []
+    for step in engine._steps.values():
+        step.graph = Timed(step.graph)  # type: ignore[assignment]
+        timed.append(step.graph)
+    server, requests = Server(engine, budget=PREFILL), requests_of(job, engine.vocabulary)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    done = server.run(requests)
+    seconds = time.perf_counter() - start
+    if any(p.finish is not Finish.LENGTH or len(p.tokens) != job.output for p in done):
+        raise measure.WrongResult(f"requests ended as {sorted({str(p.finish) + p.error for p in done})}")
+    record = server.record()
+    steps = [row for row in server.steps if row["batch"]]
+    decoding = sum(row["decode_s"] + row["other_s"] for row in steps)
+    gpu = sum(t.seconds() for t in timed)  # type: ignore[attr-defined]
+    return {
+        "seconds": seconds,
+        "prefill_s": sum(row["prefill_s"] for row in server.steps),
+        "decode_s": decoding,
+        "overhead": 1 - gpu / decoding,
+        "first_token_p50_s": float((record["first"] - record["arrival"]).quantile(0.5)),
+        "first_token_p95_s": float((record["first"] - record["arrival"]).quantile(0.95)),
+        "between_tokens_s": decoding / len(steps),
+        "total_p95_s": float((record["finish"] - record["arrival"]).quantile(0.95)),
+    }
+
+
+def fp16_prefill(model: Geometry, prompts: int, length: int, layers: int = 4) -> float:
+    """Seconds of a prefill in torch, from ``layers`` layers; head and embedding are left out."""
+    weights = [[bench_decode._weight(n, k) for n, k in model.shapes.values()] for _ in range(layers)]
+    ones = torch.ones(model.hidden, device="cuda", dtype=DTYPE)
+    cos, sin = (t.repeat(1, 2) for t in bench_decode._rotary(length, model.head_dim))
+    x0 = torch.randn(prompts, length, model.hidden, device="cuda", dtype=DTYPE)
+    sizes = [model.heads, model.kv_heads, model.kv_heads]
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat([-high, low], -1) * sin
+
+    def run() -> torch.Tensor:
+        x = x0
+        for qkv, out, gate_up, down in weights:
+            h = linear(rms_norm(x, (model.hidden,), ones, EPS), qkv).unflatten(-1, (-1, model.head_dim)).transpose(1, 2)
+            q, k, v = h.split(sizes, 1)
+            seen = scaled_dot_product_attention(
+                turn(q), turn(k), v, is_causal=True, enable_gqa=model.heads != model.kv_heads
+            )
+            x = x + linear(seen.transpose(1, 2).flatten(2), out)
+            gate, up = linear(rms_norm(x, (model.hidden,), ones, EPS), gate_up).chunk(2, -1)
+            x = x + linear(silu(gate) * up, down)
+        return x
+
+    return bench_decode.replay_time(bench_decode.capture(run), 7) * 1e-6 * model.layers / layers
+
+
+def fp16_round(model: Geometry, job: Round) -> dict[str, Any]:
+    """A round of the fp16 baseline, from its parts."""
+    g = bench_decode.Geometry(
+        model.layers, model.hidden, model.intermediate, model.heads, model.kv_heads, model.head_dim, model.vocabulary
+    )
+    together = max(1, min(job.batch, PREFILL // job.prompt))
+    prefill = fp16_prefill(model, together, job.prompt) * job.batch / together
+    torch.cuda.empty_cache()
+    contexts = [job.prompt + 1, job.prompt + job.output // 2, job.prompt + job.output]
+    first, middle, last = (bench_decode.fp16_time(g, job.batch, context) * 1e-6 for context in contexts)
+    decode = (job.output - 1) * (first + 4 * middle + last) / 6  # Simpson's rule; the first token comes with the prefill
+    steps = {"step_first_s": first, "step_middle_s": middle, "step_last_s": last}
+    return {"seconds": prefill + decode, "prefill_s": prefill, "decode_s": decode, **steps}
+
+
+def gpu_here() -> Gpu | None:
+    """The card, as `machines` knows it."""
+    name = torch.cuda.get_device_name()
+    return next((gpu for key, gpu in GPUS.items() if key in name), None)
+
+
+def batches_of(model: Geometry, precision: str, known: argparse.Namespace) -> tuple[int, ...]:
+    """Batches to measure, the largest that fits last. Raises `measure.Unavailable` where none fits."""
+    device = torch.cuda.get_device_properties().total_memory
+    budget = min(device, known.budget_gb * 1e9 if known.budget_gb else device)
+    scheme = roofline.PRECISIONS[PRECISIONS[precision]]
+    most = planner.largest_batch(model, scheme, budget, known.prompt + known.output, PREFILL)
+    if not most:
+        raise measure.Unavailable(f"{model.name} in {precision} does not fit into {budget / 1e9:.0f} GB")
+    wanted = (64, 256) if known.batches == "auto" else measure.numbers(known.batches, "--batches")
+    fitting = [batch for batch in wanted if batch < most]
+    return (*fitting, most) if known.batches == "auto" or len(fitting) < len(wanted) else tuple(fitting)
+
+
+def measured(model: Geometry, precision: str, known: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every batch in turn."""
+    scheme, gpu = roofline.PRECISIONS[PRECISIONS[precision]], gpu_here()
+    network = None if precision == "fp16" else random_network(model, precision)
+    for batch in batches_of(model, precision, known):
+        job = Round(batch, known.prompt, known.output)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        if network is None:
+            times = fp16_round(model, job)
+        else:
+            engine = engine_of(model, network, job)
+            times = serve_round(engine, job)
+            del engine
+            matmul._workspaces.clear()
+        planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL)
+        serving = roofline.Serving(batch, known.prompt, known.output)
+        system = prediction.TORCH_FP16 if precision == "fp16" else prediction.OURS
+        yield {
+            "op": "serve",
+            "model": model.name.lower(),
+            "precision": precision,
+            "batch": batch,
+            "prompt": known.prompt,
+            "output": known.output,
+            "layers": model.layers,
+            "budget_gb": known.budget_gb,
+            "tokens_per_s": batch * known.output / times["seconds"],
+            "predicted_tokens_per_s": prediction.throughput(model, serving, scheme, gpu, system) if gpu else None,
+            "bound_tokens_per_s": roofline.throughput(model, serving, scheme, gpu) if gpu else None,
+            **times,
+            "planned_bytes": planned.total,
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+        }
+
+
+COLUMNS = (
+    "model", "precision", "batch", "tokens_per_s", "predicted_tokens_per_s", "prefill_s", "decode_s", "overhead",
+    "planned_bytes", "allocated_bytes",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Tokens per second that this GPU serves.")
+    parser.add_argument("--model", default="llama-3-8b", choices=sorted(name.lower() for name in MODELS))
+    parser.add_argument("--precision", default="w4a8kv4-g128,fp16", help=f"of {', '.join(PRECISIONS)}, by commas")
+    parser.add_argument("--batches", default="auto", help="numbers by commas; auto: 64, 256 and the largest that fits")
+    parser.add_argument("--budget-gb", type=float, help="memory to use, to stand for a smaller card")
+    parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
+    parser.add_argument("--output", type=int, default=512, help="new tokens of each request")
+    parser.add_argument("--layers", type=int, help="fewer for a quick look")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
+    known = parser.parse_args(list(arguments))
+    try:
+        precisions = measure.choices(known.precision, "--precision", list(PRECISIONS))
+        if known.batches != "auto":
+            measure.numbers(known.batches, "--batches")
+    except ValueError as error:
+        parser.error(str(error))
+    if min(known.prompt, known.output) < 1 or (known.layers or 1) < 1 or not (known.budget_gb or 1) > 0:
+        parser.error("--prompt, --output, --layers and --budget-gb are positive")
+    model = next(model for name, model in MODELS.items() if name.lower() == known.model)
+    if known.layers:
+        model = replace(model, layers=known.layers)
+    command = measure.command_line(MODULE, list(arguments))
+
+    def work() -> None:
+        measure.require_gpu()
+        results: list[dict[str, Any]] = []
+        for precision in precisions:
+            for row in measured(model, precision, known):
+                results.append(row)
+                print(measure.table(COLUMNS, [[r.get(name) for name in COLUMNS] for r in results]) + "\n", flush=True)
+                if known.json:  # after every point: what is done is kept if time runs out
+                    measure.write_record(known.json, measure.record(command, known.commit, results))
+
+    return measure.guarded(MODULE, work)

@@ -1,0 +1,68 @@
+"""What fits: bytes of weights, cache and everything in between, and the largest batch that a memory budget allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .. import roofline
+from ..checks import require_count
+from ..machines import Geometry
+from ..schemes import Scheme
+
+#: Tokens in a page of the cache.
+PAGE = 64
+#: Bytes that a process takes beside tensors that it knows of: the CUDA context, kernels, libraries' workspaces.
+CONTEXT = 1.5e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU: ``weights``; ``cache`` of all pages; ``activations`` of the larger of a prefill and a step."""
+
+    weights: float
+    cache: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.cache + self.activations
+
+
+def page_bytes(model: Geometry, scheme: Scheme) -> float:
+    """A page of `PAGE` tokens over all layers, with scales and zeros."""
+    return PAGE * roofline.cache_bytes_per_token(model, scheme)
+
+
+def activation_bytes(model: Geometry, tokens: int, logits: int) -> float:
+    """What lives at the widest point of a layer of ``tokens`` tokens: two hidden states in 16 bits, gate and up, and what
+    their product becomes (counted as INT8, with a hidden state as INT8); or fp32 logits of ``logits`` tokens, twice, beside
+    their 16 bits."""
+    layer = tokens * (2 * 2 * model.hidden + 2 * 2 * model.intermediate + model.intermediate + model.hidden)
+    return max(layer, tokens * 4 * model.hidden + logits * model.vocabulary * (2 + 4 + 4))
+
+
+def memory(model: Geometry, scheme: Scheme, batch: int, tokens: int, prefill: int = 8192) -> Memory:
+    """Of a server with ``batch`` requests of at most ``tokens`` tokens each, whose steps take in ``prefill`` tokens of
+    prompts at most. A request's last page counts in full."""
+    for name, value in (("batch", batch), ("tokens", tokens), ("prefill", prefill)):
+        require_count(name, value, 1)
+    pages = batch * -(-tokens // PAGE)
+    activations = activation_bytes(model, max(prefill, batch), batch)
+    return Memory(roofline.weight_bytes(model, scheme), pages * page_bytes(model, scheme), activations)
+
+
+def largest_batch(model: Geometry, scheme: Scheme, budget: float, tokens: int, prefill: int = 8192) -> int:
+    """The most requests of ``tokens`` tokens each that fit into ``budget`` bytes beside `CONTEXT`; 0 if not even one."""
+    if not budget > 0:
+        raise ValueError(f"budget: expected a positive number of bytes, got {budget!r}")
+    low, high = 0, 1
+    while memory(model, scheme, high, tokens, prefill).total + CONTEXT <= budget:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if memory(model, scheme, middle, tokens, prefill).total + CONTEXT <= budget:
+            low = middle
+        else:
+            high = middle
+    return low
