@@ -58,9 +58,17 @@ class Batch:
     counts: Sequence[int] = field(default=())
     starts: Sequence[int] = field(default=())
 
+    def next(self) -> Batch:
+        """The same sequences one token further."""
+        starts = [start + 1 for start in self.starts]
+        return Batch(self.positions + 1, self.slots, self.sequences, self.counts, starts)
+
 
 def batch_of(sequences: Sequence[int], counts: Sequence[int], starts: Sequence[int], device: torch.device) -> Batch:
     """A `Batch` with its tensors."""
+    if all(count == 1 for count in counts):  # a decode step, which should not wait for Python
+        positions, slots = torch.tensor([starts, sequences], dtype=torch.int32).to(device)
+        return Batch(positions, slots, sequences, counts, starts)
     positions = torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, counts, strict=True)])
     slots = torch.tensor(sequences, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
     return Batch(positions.to(device), slots.to(device), sequences, counts, starts)
@@ -206,8 +214,7 @@ class KernelAttention:
 
     def reserve(self, sequences: Sequence[int], totals: Sequence[int]) -> None:
         """See `Attention`."""
-        for sequence, total in zip(sequences, totals, strict=True):
-            self.cache.reserve([sequence], total - self.cache.length(0, sequence))
+        self.cache.grow(dict(zip(sequences, totals, strict=True)))
 
     def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """See `Attention`."""

@@ -199,12 +199,12 @@ class Step:
             self.logits = compute(self.ids, batch)
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Logits ``[B, V]`` of the step for B <= size sequences."""
+        """Logits ``[B, V]`` of the step for B <= size sequences; they lie where those of the next step will."""
         count = len(ids)
         self.ids[:count], self.positions[:count], self.slots[:count] = ids, batch.positions, batch.slots
         self.positions[count:], self.slots[count:] = IDLE, self.idle
         self.graph.replay()
-        return self.logits[:count].clone()
+        return self.logits[:count]
 
 
 class Engine:
@@ -317,13 +317,47 @@ class Engine:
         batch = batch_of(sequences, [1] * len(starts), starts, self.device)
         ids = ids.to(self.device).long()
         if self.device.type == "cuda" and self.attend.idle is not None:
-            logits = self._captured(len(sequences))(ids, batch)
+            logits = self._captured(len(sequences))(ids, batch).clone()
         else:
             logits = self._logits(*self._hidden(ids, batch, prompt=False))
         self.attend.advance(batch)
         for sequence in sequences:
             self.lengths[sequence] += 1
         return logits
+
+    @torch.no_grad()
+    def decode_greedy(
+        self, sequences: Sequence[int], tokens: Sequence[int] | torch.Tensor, steps: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``steps`` times `decode` with the likeliest token, without a wait for the device in between: int64 tokens
+        ``[steps, B]`` and whether a step's logits were NaN, bool ``[steps, B]``, both on the device.
+
+        Raises as `decode` does, and ValueError where a sequence would exceed ``max_tokens``.
+        """
+        require_count("steps", steps, 1)
+        ids = torch.as_tensor(tokens)
+        self._check_batch(sequences, ids)
+        starts = [self.lengths[sequence] for sequence in sequences]
+        if max(starts) + steps > self.max_tokens:
+            raise ValueError(f"steps: {steps} after {max(starts)} tokens exceed max_tokens = {self.max_tokens}")
+        self.attend.reserve(sequences, [start + steps for start in starts])
+        ids = ids.to(self.device).long()
+        found, spoilt = [], []
+        captured = self.device.type == "cuda" and self.attend.idle is not None
+        batch = batch_of(sequences, [1] * len(starts), starts, self.device)
+        for _ in range(steps):
+            if captured:
+                logits = self._captured(len(sequences))(ids, batch)
+            else:
+                logits = self._logits(*self._hidden(ids, batch, prompt=False))
+            best, ids = logits.max(-1)  # NaN is the largest of all
+            found.append(ids)
+            spoilt.append(best.isnan())
+            self.attend.advance(batch)
+            batch = batch.next()
+        for sequence in sequences:
+            self.lengths[sequence] += steps
+        return torch.stack(found), torch.stack(spoilt)
 
     def _captured(self, count: int) -> Step:
         """The captured step for at least ``count`` sequences."""

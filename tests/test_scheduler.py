@@ -45,19 +45,19 @@ events = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(events, st.integers(1, 4), st.integers(5, 12), st.sampled_from(Policy), st.integers(1, 20))
-def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(trace, batch, pages, policy, budget):
+@given(events, st.integers(1, 4), st.integers(5, 12), st.sampled_from(Policy), st.integers(1, 20), st.integers(1, 9))
+def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(trace, batch, pages, policy, budget, most):
     limits = Limits(batch, pages, max_tokens=20, page_size=PAGE, budget=budget)
     scheduler, all_requests = Scheduler(limits, policy), []
     submit = scheduler.submit
     scheduler.submit = lambda request: all_requests.append(submit(request)) or all_requests[-1]
     started = []
-    for count, (step, ended) in enumerate(replay(trace, scheduler, after)):
+    for count, (step, ended) in enumerate(replay(trace, scheduler, after, most)):
         assert count < 2000, "somebody starves"
         checked(scheduler)
         assert len(step.decode) + len(step.prefill) <= batch and not set(step.prefill) & set(step.decode)
         taken = [len(all_requests[number].request.prompt) for number in step.prefill]
-        assert len(taken) <= 1 or sum(taken) <= budget
+        assert (len(taken) <= 1 or sum(taken) <= budget) and step.repeat <= (1 if taken else most)
         started += [number for number in step.prefill if number not in started]
         assert all(p.finish is not None for p in ended)
     assert started == sorted(started), "first come, first served"

@@ -85,7 +85,7 @@ def test_bad_requests_are_refused_and_nothing_changes(quantized):
 
 @pytest.mark.parametrize("at", range(1, 7))
 def test_cancelled_at_every_step(quantized, expected, at):
-    server = Server(engine_of(quantized, pages=3))
+    server = Server(engine_of(quantized, pages=3), ahead=1)
     numbers = [server.submit(Request(PROMPTS[i], 9)) for i in (0, 2, 2)]
     for _ in range(at):
         server.step()
@@ -104,7 +104,7 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch):
             raise RuntimeError("no more room")
         heard.append(token)
 
-    server = Server(engine_of(quantized))
+    server = Server(engine_of(quantized), ahead=1)
     decode = server.engine.decode
 
     def spoilt(sequences, tokens):
@@ -122,6 +122,26 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch):
     assert second.finish is Finish.ERROR and "NaN" in second.error and second.tokens == expected[2][:4]
     assert third.tokens == expected[1] and server.engine.attend.cache.free_pages == server.engine.pages
     assert list(server.record()["reason"]) == ["error", "error", "length"]
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 8])
+def test_steps_in_a_row(quantized, expected, ahead):
+    """The same tokens; a stop in the middle of a turn; NaN in the middle of a turn."""
+    server = Server(engine_of(quantized), ahead=ahead)
+    stop = expected[0][4]
+    stopped, other = server.run([Request(PROMPTS[0], 9, stop={stop}), Request(PROMPTS[2], 9)])
+    assert stopped.tokens == expected[0][: expected[0].index(stop) + 1] and other.tokens == expected[2]
+    assert max(row["repeat"] for row in server.steps) == ahead
+    logits, calls = server.engine._logits, []
+
+    def spoilt(y, residual):
+        calls.append(len(y))
+        return logits(y, residual) * (torch.nan if len(calls) == 4 else 1)
+
+    server.engine._logits = spoilt
+    (broken,) = server.run([Request(PROMPTS[0], 9)])
+    assert broken.finish is Finish.ERROR and broken.tokens == expected[0][:3]
+    assert server.engine.attend.cache.free_pages == server.engine.pages
 
 
 def test_memory_stays_flat(quantized):

@@ -98,7 +98,7 @@ def operands(point: Point, copies: int, seed: int) -> Operands:
         max_tokens=point.tokens, device="cuda",
     )  # fmt: skip
     numbers = [cache.open() for _ in range(point.batch)]
-    cache._grow(dict.fromkeys(numbers, point.tokens))
+    cache.grow(dict.fromkeys(numbers, point.tokens))
     used = cache.tables.numel()
     cache.tables.copy_(torch.randperm(used, device="cuda", generator=generator).view_as(cache.tables))
     slots = torch.tensor(numbers, device="cuda")

@@ -134,7 +134,7 @@ def serve_round(engine: Engine, job: Round) -> dict[str, Any]:
         "overhead": 1 - gpu / decoding,
         "first_token_p50_s": float((record["first"] - record["arrival"]).quantile(0.5)),
         "first_token_p95_s": float((record["first"] - record["arrival"]).quantile(0.95)),
-        "between_tokens_s": decoding / len(steps),
+        "between_tokens_s": decoding / sum(row["repeat"] for row in steps),
         "total_p95_s": float((record["finish"] - record["arrival"]).quantile(0.95)),
     }
 

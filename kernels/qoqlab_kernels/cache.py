@@ -138,16 +138,18 @@ class PagedKV:
         require_count("tokens", tokens, 0)
         for sequence in sequences:
             self.pages_of(sequence)
-        self._grow({sequence: max(self._length[sequence]) + tokens for sequence in sequences})
+        self.grow({sequence: max(self._length[sequence]) + tokens for sequence in sequences})
 
-    def _grow(self, totals: dict[int, int]) -> None:
-        """Give every sequence the pages that so many tokens need, all or none."""
+    def grow(self, totals: dict[int, int]) -> None:
+        """Give every sequence the pages that so many tokens in all need, all or none; raises as `reserve` does."""
         wanted = {}
         for sequence, total in totals.items():
             need = -(-total // self.page_size)
             if need > self.tables.shape[1]:
                 limit = self.tables.shape[1] * self.page_size
                 raise ValueError(f"tokens: sequence {sequence} would grow beyond the {limit} tokens that its table holds")
+            if sequence not in self._held:
+                raise ValueError(f"sequence: {sequence!r} is not open")
             wanted[sequence] = max(0, need - len(self._held[sequence]))
         taken = self.allocator.take(sum(wanted.values()))
         for sequence, count in wanted.items():
@@ -192,7 +194,7 @@ class PagedKV:
             raise ValueError(f"values: {shape_of(values)} does not have the keys' shape {shape_of(keys)}")
         stored = self._stored(keys), self._stored(values)
         tokens = keys.shape[2]
-        self._grow({sequence: self.length(layer, sequence) + tokens for sequence in numbers})
+        self.grow({sequence: self.length(layer, sequence) + tokens for sequence in numbers})
         slots = torch.tensor(numbers, device=self.device)
         self.write(layer, slots, *stored)
         for sequence in numbers:

@@ -12,7 +12,7 @@ from ..schemes import Scheme
 #: Tokens in a page of the cache.
 PAGE = 64
 #: Bytes that a process takes beside tensors that it knows of: the CUDA context, kernels, libraries' workspaces.
-CONTEXT = 1.5e9
+CONTEXT = 2.5e9
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def page_bytes(model: Geometry, scheme: Scheme) -> float:
 
 def activation_bytes(model: Geometry, tokens: int, logits: int) -> float:
     """What lives at the widest point of a layer of ``tokens`` tokens: two hidden states in 16 bits, gate and up, and what
-    their product becomes (counted as INT8, with a hidden state as INT8); or fp32 logits of ``logits`` tokens, twice, beside
-    their 16 bits."""
+    their product becomes (counted as INT8, with a hidden state as INT8); or logits of ``logits`` tokens in fp32, twice,
+    and in 16 bits, and as much as these for what chooses among them."""
     layer = tokens * (2 * 2 * model.hidden + 2 * 2 * model.intermediate + model.intermediate + model.hidden)
-    return max(layer, tokens * 4 * model.hidden + logits * model.vocabulary * (2 + 4 + 4))
+    return max(layer, tokens * 4 * model.hidden + logits * model.vocabulary * (2 + 4 + 4 + 2))
 
 
 def memory(model: Geometry, scheme: Scheme, batch: int, tokens: int, prefill: int = 8192) -> Memory:

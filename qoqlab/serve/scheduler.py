@@ -57,11 +57,12 @@ class Limits:
 @dataclass(frozen=True)
 class Step:
     """Numbers of requests: whose pages were taken away before the step, whose prompts it takes in, whose next token it
-    decodes."""
+    decodes, ``repeat`` times in a row."""
 
     preempted: tuple[int, ...] = ()
     prefill: tuple[int, ...] = ()
     decode: tuple[int, ...] = ()
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,9 @@ class Scheduler:
 
     # -- a step -----------------------------------------------------------------------------------------------------------
 
-    def plan(self) -> Step | None:
-        """The next step; None where nothing waits or runs. Its pages are reserved."""
+    def plan(self, most: int = 1) -> Step | None:
+        """The next step; None where nothing waits or runs. Its pages are reserved. Where no prompt comes in and every
+        running request has so many tokens and pages left, it decodes up to ``most`` tokens in a row."""
         if self.policy is Policy.PREFILL_FIRST:
             admitted = self._admit()
             if admitted:
@@ -134,7 +136,23 @@ class Scheduler:
         admitted = self._admit() if self.policy is Policy.BUDGET and not preempted else []
         if not decode and not admitted:
             return None
-        return Step(tuple(p.number for p in preempted), tuple(p.number for p in admitted), decode)
+        repeat = 1 if admitted else self._repeat(most)
+        return Step(tuple(p.number for p in preempted), tuple(p.number for p in admitted), decode, repeat)
+
+    def _repeat(self, most: int) -> int:
+        """How many tokens all running requests can take in a row, and pages for them."""
+        for progress in self.running:
+            missing = progress.request.max_new_tokens - len(progress.tokens)
+            known = len(progress.request.prompt) + len(progress.tokens) - progress.cached
+            most = min(most, missing if known == 1 else 1)  # tokens from before a preemption are fed one by one
+        while most > 1:
+            short = {p.number: self.limits.pages_of(p.cached + most) - len(self._pages[p.number]) for p in self.running}
+            if sum(max(0, count) for count in short.values()) <= self.allocator.free:
+                for number, count in short.items():
+                    self._pages[number] += self.allocator.take(max(0, count))
+                return most
+            most -= 1
+        return 1
 
     def _admit(self) -> list[Progress]:
         """Requests from the front of the queue that fit, now running, with pages for what they have and one token more."""
@@ -179,7 +197,8 @@ class Scheduler:
 
     def complete(self, step: Step, results: Mapping[int, int | Failure]) -> list[Progress]:
         """Take in what a step brought: a token (or a `Failure`) for each of its requests that has not ended meanwhile.
-        Tokens that are known from before a preemption stay as they were. Returns the requests that ended."""
+        Tokens that are known from before a preemption stay as they were. Returns the requests that ended. For a step that
+        repeats, call it for each of its tokens in turn."""
         ended = []
         taken = set(step.prefill)
         by_number = {p.number: p for p in self.running}
@@ -233,10 +252,10 @@ def read_trace(path: Path) -> list[Event]:
 
 
 def replay(
-    events: Iterable[Event], scheduler: Scheduler, model: Callable[[Progress], int | Failure]
+    events: Iterable[Event], scheduler: Scheduler, model: Callable[[Progress], int | Failure], most: int = 1
 ) -> Iterator[tuple[Step, list[Progress]]]:
     """Every step of a trace with the requests that ended in it. ``model`` gives the token that follows what a request has;
-    the same trace gives the same steps."""
+    ``most``: as in `Scheduler.plan`. The same trace gives the same steps."""
     queue = deque(sorted(events, key=lambda e: e.at))
     known: list[Progress] = []
     at = 0
@@ -247,8 +266,11 @@ def replay(
                 known.append(scheduler.submit(event.request))
             elif event.cancel is not None and event.cancel < len(known):
                 scheduler.cancel(known[event.cancel])
-        step = scheduler.plan()
+        step = scheduler.plan(most)
         at += 1
         if step is not None:
-            results = {number: model(known[number]) for number in (*step.prefill, *step.decode)}
-            yield step, scheduler.complete(step, results)
+            ended = []
+            for _ in range(step.repeat):
+                running = [n for n in (*step.prefill, *step.decode) if known[n].finish is None]
+                ended += scheduler.complete(step, {number: model(known[number]) for number in running})
+            yield step, ended

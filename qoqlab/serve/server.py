@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import pandas as pd
 import torch
 
+from ..checks import require_count
 from ..engine import Engine, Sampling
 from ..paged import PAGE
 from .requests import Finish, Progress, Request
@@ -19,6 +20,10 @@ from .scheduler import Failure, Limits, Policy, Scheduler, Step
 
 class Server:
     """Serves requests on an engine: `submit` them, `step` until `idle`, or `run` a list.
+
+    ``ahead``: steps that the device takes in a row before the host looks at their tokens, where all running requests are
+    greedy and no prompt can come in. Python's work is shared among them; tokens are handed out in turns of so many, a new
+    request waits for the end of a turn, and what follows a stop token in its turn is computed for nothing.
 
     ``requests``: all that were submitted, by number, with their tokens, times (seconds of ``clock`` since the server was
     made) and ends. ``steps``: what every step had to do (sequences decoded, tokens cached for them, tokens of prompts) and
@@ -30,10 +35,12 @@ class Server:
         engine: Engine,
         policy: Policy = Policy.PREFILL_FIRST,
         budget: int = 8192,
+        ahead: int = 8,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         limits = Limits(engine.max_batch, engine.pages, engine.max_tokens, PAGE, budget)
-        self.engine, self.scheduler = engine, Scheduler(limits, policy)
+        require_count("ahead", ahead, 1)
+        self.engine, self.scheduler, self.ahead = engine, Scheduler(limits, policy), ahead
         self.requests: dict[int, Progress] = {}
         self.steps: list[dict[str, float]] = []
         self._clock, self._start = clock, clock()
@@ -81,35 +88,56 @@ class Server:
     def step(self) -> bool:
         """One step, if there is anything to do."""
         start = self.now()
-        step = self.scheduler.plan()
+        greedy = all(p.request.sampling is None for p in self.scheduler.running)
+        step = self.scheduler.plan(self.ahead if greedy else 1)
         if step is None:
             return False
         for number in step.preempted:
             self._free(number)
         planned = self.now()
-        results: dict[int, int | Failure] = {}
+        results: list[dict[int, int | Failure]] = [{} for _ in range(step.repeat)]
         cached = sum(self.requests[number].cached for number in step.decode)
         if step.prefill:
             prompts = [self.requests[number].request.prompt for number in step.prefill]
             sequences, logits = self.engine.prefill(prompts)
             self._sequences |= dict(zip(step.prefill, sequences, strict=True))
-            results |= self._choose(step.prefill, logits, after_prompt=True)
+            results[0] |= self._choose(step.prefill, logits, after_prompt=True)
         prefilled = self.now()
         if step.decode:
             sequences = [self._sequences[number] for number in step.decode]
             inputs = [self.requests[number].next_input for number in step.decode]
-            results |= self._choose(step.decode, self.engine.decode(sequences, inputs), after_prompt=False)
+            if step.repeat > 1:
+                for found, turn in zip(results, self._in_a_row(sequences, inputs, step), strict=True):
+                    found |= turn
+            else:
+                results[0] |= self._choose(step.decode, self.engine.decode(sequences, inputs), after_prompt=False)
         decoded = self.now()
-        self._finish(step, results)
-        row = {"batch": len(step.decode), "cached": cached, "prompts": 0.0, "preempted": len(step.preempted)}
-        row["prompts"] = float(sum(len(self.requests[number].request.prompt) for number in step.prefill))
+        for found in results:
+            self._finish(step, found)
+        row: dict[str, float] = {
+            "batch": len(step.decode),
+            "repeat": step.repeat,
+            "cached": cached,
+            "preempted": len(step.preempted),
+        }
+        row["prompts"] = sum(len(self.requests[number].request.prompt) for number in step.prefill)
         row |= {"prefill_s": prefilled - planned, "decode_s": decoded - prefilled}
         self.steps.append(row | {"other_s": self.now() - start - (decoded - planned)})
         return True
 
+    def _in_a_row(self, sequences: list[int], inputs: list[int], step: Step) -> list[dict[int, int | Failure]]:
+        """Results of every repetition of a step."""
+        tokens, spoilt = (t.tolist() for t in self.engine.decode_greedy(sequences, inputs, step.repeat))
+        broken = Failure("the model's logits are NaN")
+        return [
+            {number: broken if bad else token for number, token, bad in zip(step.decode, row, flags, strict=True)}
+            for row, flags in zip(tokens, spoilt, strict=True)
+        ]
+
     def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor, after_prompt: bool) -> dict[int, int | Failure]:
         """The next token of each request, from ``logits [B, V]``; one wait for the device for all greedy ones."""
-        greedy, spoilt = torch.stack([logits.argmax(-1), logits.isnan().any(-1).long()]).tolist()
+        best, likeliest = logits.max(-1)  # NaN is the largest of all
+        greedy, spoilt = torch.stack([likeliest, best.isnan().long()]).tolist()
         found: dict[int, int | Failure] = {}
         for i, number in enumerate(numbers):
             progress = self.requests[number]
@@ -130,7 +158,7 @@ class Server:
 
     def _finish(self, step: Step, results: dict[int, int | Failure]) -> None:
         """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
-        before = {number: len(self.requests[number].tokens) for number in results}
+        before = {n: len(self.requests[n].tokens) for n in results if self.requests[n].finish is None}
         ended = self.scheduler.complete(step, results)
         for number, count in before.items():
             progress = self.requests[number]
