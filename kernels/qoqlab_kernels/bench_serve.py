@@ -174,9 +174,11 @@ def fp16_round(model: Geometry, job: Round) -> dict[str, Any]:
     )
     together = max(1, min(job.batch, PREFILL // job.prompt))
     prefill = fp16_prefill(model, together, job.prompt) * job.batch / together
-    torch.cuda.empty_cache()
-    contexts = [job.prompt + 1, job.prompt + job.output // 2, job.prompt + job.output]
-    first, middle, last = (bench_decode.fp16_time(g, job.batch, context) * 1e-6 for context in contexts)
+    times = []
+    for context in (job.prompt + 1, job.prompt + job.output // 2, job.prompt + job.output):
+        torch.cuda.empty_cache()  # of another context's cache
+        times.append(bench_decode.fp16_time(g, job.batch, context) * 1e-6)
+    first, middle, last = times
     decode = (job.output - 1) * (first + 4 * middle + last) / 6  # Simpson's rule; the first token comes with the prefill
     steps = {"step_first_s": first, "step_middle_s": middle, "step_last_s": last}
     return {"seconds": prefill + decode, "prefill_s": prefill, "decode_s": decode, **steps}
