@@ -19,8 +19,9 @@ from .affine import Affine, quantize_per_token_s8
 from .kv import KVFormat
 from .paged import PAGE, PagedCache
 
-#: Position of the token that a row without a sequence repeats: not 0, so that there is something to attend to.
-IDLE = 1
+#: Position of the token that a row without a sequence repeats: the first, since nothing before it costs attention nothing (a
+#: page for each head of each such row took longer than 24 full pages).
+IDLE = 0
 #: RMSNorms of query and key heads ``[D]`` and their epsilon, or None.
 HeadNorms = tuple[torch.Tensor, torch.Tensor, float] | None
 
