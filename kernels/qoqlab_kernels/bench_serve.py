@@ -15,6 +15,7 @@ of a prefill and of steps at the first, the middle and the last context, without
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -209,6 +210,7 @@ def measured(model: Geometry, precision: str, known: argparse.Namespace) -> Iter
     network = None if precision == "fp16" else random_network(model, precision)
     for batch in batches_of(model, precision, known):
         job = Round(batch, known.prompt, known.output)
+        gc.collect()  # the last engine and its captured steps refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         if network is None:
