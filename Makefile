@@ -38,7 +38,7 @@ grade: setup  ## check a submission: make grade NOTEBOOK=path/to/02_progressive_
 	$(BIN)/python -m qoqlab.classroom grade $(NOTEBOOK)
 
 test: setup lint  ## everything CI runs: lint, unit tests, doctests, notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:doctest -o addopts= --nbval --nbval-current-env \
 	  --nbval-cell-timeout=120 --nbval-sanitize-with=notebooks/nbval_sanitize.cfg notebooks
 
