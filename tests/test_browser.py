@@ -35,6 +35,7 @@ FLAGS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-software-rasterizer",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -316,7 +317,7 @@ def test_an_explorer_answers_in_voila(boards, name, moves, wanted):
     play(watched.page, moves, wanted)
     assert "import qoqlab" not in watched.page.inner_text("body"), "no code on a dashboard"
     for width in (1280, 800):
-        watched.page.set_viewport_size({"width": width, "height": 1000})
+        watched.page.set_viewport_size({"width": width, "height": 1400})  # high enough for all of a narrow dashboard
         fits = f"() => document.querySelector('.main-svg').getBoundingClientRect().width <= {width}"
         watched.page.wait_for_function(fits)  # it is redrawn in the page's new width
         watched.page.screenshot(path=SHOTS / f"{name}_voila_{width}.png", full_page=True)
