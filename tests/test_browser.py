@@ -88,32 +88,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:
-    """Start a server in a process group of its own and wait until it answers."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    end = time.monotonic() + 90
-    while time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return process
-        except OSError:
-            if process.poll() is not None:
-                break
-            time.sleep(0.3)
-    stop(process)
-    raise AssertionError(f"{command[2]} did not start:\n{log.read_text(errors='replace')[-2000:]}")
+class Server:
+    """A server in a process group of its own, started at once; `address` waits until it answers."""
 
+    def __init__(self, command: list[str], url: str, log: Path) -> None:
+        self.url, self.log = url, log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and the kernels that it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, how)
+    def address(self) -> str:
+        """Where it is, once it is there; AssertionError with the end of its log if it does not come."""
+        end = time.monotonic() + 90
+        while time.monotonic() < end and self.process.poll() is None:
             try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                continue
+                with urllib.request.urlopen(self.url, timeout=5):
+                    return self.url
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError(f"no answer from {self.url}:\n{self.log.read_text(errors='replace')[-2000:]}")
+
+    def stop(self) -> None:
+        """End it and the kernels that it started."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, how)
+                try:
+                    self.process.wait(15)
+                except subprocess.TimeoutExpired:
+                    continue
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def lab(copy):
-    """Address of JupyterLab on the copy: all cells drawn, no news, application object exposed to the page."""
+    """JupyterLab on the copy: all cells drawn, no news, application object exposed to the page."""
     settings = copy / "settings"
     for plugin, values in {
         "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -163,9 +165,9 @@ def lab(copy):
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={copy / 'notebooks'}"]
     command += [f"--LabApp.user_settings_dir={settings}", "--LabApp.expose_app_in_browser=True"]
     command += [f"--LabApp.workspaces_dir={copy / 'workspaces'}", "--ServerApp.port_retries=0"]
-    process = serve(command, f"http://127.0.0.1:{port}/api?token={token}", copy / "lab.log")
-    yield f"http://127.0.0.1:{port}/lab?token={token}&reset"
-    stop(process)
+    server = Server(command, f"http://127.0.0.1:{port}/lab?token={token}&reset", copy / "lab.log")
+    yield server
+    server.stop()
 
 
 class Watched:
@@ -183,23 +185,29 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def boards(chromium, copy):
-    """Explorer -> its page under Voila. All are opened at once, and their kernels get to work."""
+def voila(copy):
+    """Voila on the explorers."""
     port = free_port()
     command = [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-    process = serve([*command, str(copy / "notebooks" / "explorers")], f"http://127.0.0.1:{port}/", copy / "voila.log")
+    server = Server([*command, str(copy / "notebooks" / "explorers")], f"http://127.0.0.1:{port}/", copy / "voila.log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def boards(chromium, voila):
+    """Explorer -> its page. All are opened at once, and their kernels get to work."""
     opened = {name: Watched(chromium) for name, *_ in EXPLORERS}
     for name, watched in opened.items():
-        watched.page.goto(f"http://127.0.0.1:{port}/voila/render/{name}.ipynb", wait_until="commit")
-    yield opened
-    stop(process)
+        watched.page.goto(f"{voila.address()}voila/render/{name}.ipynb", wait_until="commit")
+    return opened
 
 
 @pytest.fixture(scope="module")
 def desk(chromium, lab, boards):
     """JupyterLab's page. Asks for ``boards`` only to have them start meanwhile."""
     watched = Watched(chromium)
-    watched.page.goto(lab)
+    watched.page.goto(lab.address())
     watched.page.wait_for_function("() => window.jupyterapp")
     return watched
 
