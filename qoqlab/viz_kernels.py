@@ -103,9 +103,9 @@ def lane_cells(table: pd.DataFrame, lane: int, title: str) -> go.Figure:
     return figure.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False)
 
 
-def times(table: pd.DataFrame, title: str) -> go.Figure:
-    """Times in microseconds against tokens, log-log: ``table`` has tokens as index and a line per column, the first of them
-    the bound that nothing can be below (dashed). Missing values are left out; always as many traces as columns."""
+def times(table: pd.DataFrame, title: str, counts: str = "tokens at once, M") -> go.Figure:
+    """Times in microseconds against a count, log-log: ``table`` has the count (``counts`` says of what) as index and a line
+    per column, the first of them the bound (dashed). Missing values are left out; always as many traces as columns."""
     figure = go.Figure()
     for index, (name, column) in enumerate(table.items()):
         values = column.dropna()
@@ -117,9 +117,9 @@ def times(table: pd.DataFrame, title: str) -> go.Figure:
             mode="lines" if bound else "lines+markers",
             line={"color": _INK if bound else PALETTE[index - 1], "width": 2, "dash": "dash" if bound else "solid"},
             marker={"size": 8, "symbol": max(index - 1, 0)},
-            hovertemplate="%{x} tokens: %{y:.1f} µs<extra>%{fullData.name}</extra>",
+            hovertemplate=counts + " = %{x}: %{y:.1f} µs<extra>%{fullData.name}</extra>",
         )
-    _layout(figure, title, "tokens at once, M (log scale)", "time (µs, log scale)", height=480, legend=_legend_above())
+    _layout(figure, title, f"{counts} (log scale)", "time (µs, log scale)", height=480, legend=_legend_above())
     figure.update_layout(margin={"l": 70, "r": 30, "t": 96, "b": 60})
     ticks = [int(m) for m in table.index]
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(m) for m in ticks])

@@ -86,7 +86,7 @@ def error_curves(
                 x=knob[i],
                 y=math.log10(values[i]),
                 text=f"{knob[i]:.2f}",
-                font={"color": colour, "size": 13},
+                font={"color": _INK, "size": 13},
                 bgcolor="white",
                 opacity=0.9,
                 borderpad=0,

@@ -2,6 +2,9 @@
 
 Everything runs on a copy, so that nothing here is changed. Screenshots stay in ``build/browser``. Skipped, with the reason,
 where Playwright or a browser is missing; it never downloads one.
+
+Kernels are what takes time: most of it is importing PyTorch. So JupyterLab has one for all notebooks, emptied between
+them (that each runs from a fresh one is nbval's to prove), and Voila's three start while JupyterLab works.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -19,7 +23,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from .test_themes import contrast, luminance
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "build" / "browser"
@@ -28,6 +35,7 @@ FLAGS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-software-rasterizer",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -37,10 +45,11 @@ FLAGS = [
 #: Seconds that a page with its kernel may take; a busy machine starts PyTorch slowly.
 PATIENCE_S = 150
 
-#: Opens a notebook, runs all of it, and waits until its kernel has nothing left to do.
+#: Opens a notebook on the page's one kernel, runs all of it, and waits until there is nothing left to do.
 RUN_ALL = """async (path) => {
   const app = window.jupyterapp; await app.started;
-  const panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook'});
+  window.kernel ??= await app.serviceManager.kernels.startNew({name: 'python3', path: '/'}, {handleComms: false});
+  const panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook', kernel: {id: window.kernel.id}});
   await panel.context.ready; await panel.sessionContext.ready; await panel.revealed;
   await app.commands.execute('notebook:run-all-cells');
   await panel.sessionContext.session.kernel.requestKernelInfo();
@@ -52,13 +61,15 @@ CELLS = """() => window.jupyterapp.shell.currentWidget.content.widgets
     cell.model.sharedModel.getOutputs().filter((o) => o.output_type === 'error').map((o) => o.ename)[0] ?? null])"""
 CLOSE = """async () => {
   const panel = window.jupyterapp.shell.currentWidget;
-  await panel.sessionContext.shutdown(); await panel.context.save(); panel.dispose();
+  await panel.context.save(); panel.dispose();
+  const code = 'import ipywidgets; ipywidgets.Widget.close_all()\\n%reset -f';
+  await window.kernel.requestExecute({code, silent: true}).done;
 }"""
 
 
 def missing() -> str:
     """Why there is no test here, or an empty text."""
-    for name in ("playwright", "jupyterlab"):
+    for name in ("playwright", "jupyterlab", "voila"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
     return "" if browser() else f"no browser among {', '.join(BROWSERS)}; on Debian: apt-get install chromium"
@@ -77,40 +88,53 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:
-    """Start a server in a process group of its own and wait until it answers."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-    end = time.monotonic() + 90
-    while time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return process
-        except OSError:
-            if process.poll() is not None:
-                break
-            time.sleep(0.3)
-    stop(process)
-    raise AssertionError(f"{command[2]} did not start:\n{log.read_text(errors='replace')[-2000:]}")
+class Server:
+    """A server in a process group of its own, started at once; `address` waits until it answers."""
 
+    def __init__(self, command: list[str], url: str, log: Path) -> None:
+        self.url, self.log = url, log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and the kernels that it started."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            os.killpg(process.pid, how)
+    def address(self) -> str:
+        """Where it is, once it is there; AssertionError with the end of its log if it does not come."""
+        end = time.monotonic() + 90
+        while time.monotonic() < end and self.process.poll() is None:
             try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                continue
+                with urllib.request.urlopen(self.url, timeout=5):
+                    return self.url
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError(f"no answer from {self.url}:\n{self.log.read_text(errors='replace')[-2000:]}")
+
+    def stop(self) -> None:
+        """End it and the kernels that it started."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, how)
+                try:
+                    self.process.wait(15)
+                except subprocess.TimeoutExpired:
+                    continue
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The notebooks and the data beside them, in a folder of their own."""
+    """The notebooks without their outputs, so that what is there was made here, and the data, in a folder of their own."""
     folder = tmp_path_factory.mktemp("course")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".*", "__pycache__"))
     (folder / "data").symlink_to(ROOT / "data", target_is_directory=True)
+    for path in (folder / "notebooks").rglob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, path)
+    # less text for the lab to work on: its controls, not its numbers, are tested here
+    lab = folder / "notebooks" / "explorers" / "recipe_lab.ipynb"
+    text = lab.read_text(encoding="utf-8")
+    assert "length=256), 4)" in text
+    lab.write_text(text.replace("length=256), 4)", "length=64), 2)"), encoding="utf-8")
     return folder
 
 
@@ -127,7 +151,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def lab(copy):
-    """Address of JupyterLab on the copy: all cells drawn, no news, application object exposed to the page."""
+    """JupyterLab on the copy: all cells drawn, no news, application object exposed to the page."""
     settings = copy / "settings"
     for plugin, values in {
         "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -141,9 +165,9 @@ def lab(copy):
     command += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={copy / 'notebooks'}"]
     command += [f"--LabApp.user_settings_dir={settings}", "--LabApp.expose_app_in_browser=True"]
     command += [f"--LabApp.workspaces_dir={copy / 'workspaces'}", "--ServerApp.port_retries=0"]
-    process = serve(command, f"http://127.0.0.1:{port}/api?token={token}", copy / "lab.log")
-    yield f"http://127.0.0.1:{port}/lab?token={token}&reset"
-    stop(process)
+    server = Server(command, f"http://127.0.0.1:{port}/lab?token={token}&reset", copy / "lab.log")
+    yield server
+    server.stop()
 
 
 class Watched:
@@ -161,9 +185,29 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def desk(chromium, lab):
+def voila(copy):
+    """Voila on the explorers."""
+    port = free_port()
+    command = [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
+    server = Server([*command, str(copy / "notebooks" / "explorers")], f"http://127.0.0.1:{port}/", copy / "voila.log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def boards(chromium, voila):
+    """Explorer -> its page. All are opened at once, and their kernels get to work."""
+    opened = {name: Watched(chromium) for name, *_ in EXPLORERS}
+    for name, watched in opened.items():
+        watched.page.goto(f"{voila.address()}voila/render/{name}.ipynb", wait_until="commit")
+    return opened
+
+
+@pytest.fixture(scope="module")
+def desk(chromium, lab, boards):
+    """JupyterLab's page. Asks for ``boards`` only to have them start meanwhile."""
     watched = Watched(chromium)
-    watched.page.goto(lab)
+    watched.page.goto(lab.address())
     watched.page.wait_for_function("() => window.jupyterapp")
     return watched
 
@@ -177,7 +221,7 @@ def settle(page, ready) -> None:
 
 
 def run_all(desk, path: str) -> None:
-    """Run a notebook from a fresh kernel; every cell has run, and only exercises failed."""
+    """Run a notebook; every cell has run, and only exercises failed."""
     page = desk.page
     page.evaluate(RUN_ALL, path)
     settle(page, lambda: all(count for count, *_ in page.evaluate(CELLS)))
@@ -213,9 +257,10 @@ def move(scope, label: str, value) -> None:
 
 #: Lesson, what to move, and what the figure's title says afterwards.
 LESSONS = [
-    ("00_map", [("batch", 8), ("context", "ArrowRight")], "8 users, 4096 tokens"),
     ("02_progressive_weights", [], ""),
+    ("03_smooth_attention", [], ""),
     ("08_why_w4a8kv4", [("gpu", "L40S"), ("batch", "ArrowRight")], "on L40S: 128 users"),
+    ("10_kv4_kernel", [("nibble", "second"), ("code", 11)], "Code 11 in the second nibble: +3"),
 ]
 
 
@@ -274,44 +319,39 @@ def test_jupyterlab_needed_nothing_from_elsewhere(desk):
     assert desk.elsewhere == []
 
 
-@pytest.fixture(scope="module")
-def voila(copy):
-    """Address of Voila on the explorers."""
-    if importlib.util.find_spec("voila") is None:
-        pytest.skip("voila is not installed")
-    port = free_port()
-    command = [sys.executable, "-m", "voila", "--no-browser", f"--port={port}", "--Voila.ip=127.0.0.1"]
-    process = serve([*command, str(copy / "notebooks" / "explorers")], f"http://127.0.0.1:{port}/", copy / "voila.log")
-    yield f"http://127.0.0.1:{port}/voila/render"
-    stop(process)
-
-
 @each_explorer
-def test_an_explorer_answers_in_voila(chromium, voila, name, moves, wanted):
-    watched = Watched(chromium)
-    watched.page.goto(f"{voila}/{name}.ipynb")
+def test_an_explorer_answers_in_voila(boards, name, moves, wanted):
+    watched = boards[name]
     play(watched.page, moves, wanted)
     assert "import qoqlab" not in watched.page.inner_text("body"), "no code on a dashboard"
     for width in (1280, 800):
-        watched.page.set_viewport_size({"width": width, "height": 1000})
-        watched.page.wait_for_timeout(400)  # figures redraw in their new width
-        # no figure is wider than the page
-        assert watched.page.locator(".main-svg").first.bounding_box()["width"] <= width
+        watched.page.set_viewport_size({"width": width, "height": 1400})  # high enough for all of a narrow dashboard
+        fits = f"() => document.querySelector('.main-svg').getBoundingClientRect().width <= {width}"
+        watched.page.wait_for_function(fits)  # it is redrawn in the page's new width
         watched.page.screenshot(path=SHOTS / f"{name}_voila_{width}.png", full_page=True)
     # Voila's own page asks a CDN for an icon font; nothing of ours may
     assert [url for url in watched.elsewhere if "fontawesome" not in url] == []
     watched.page.close()
 
 
-def test_the_site_draws_figures_and_formulas_without_a_server(chromium, tmp_path):
+def colour(locator, name: str) -> str:
+    """A colour that the browser computed, as ``#rrggbb``."""
+    text = locator.evaluate(f"(element) => getComputedStyle(element).getPropertyValue('{name}')")
+    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", text)[:3])
+
+
+def test_the_site_draws_figures_and_formulas_without_a_server_by_day_and_by_night(chromium, copy, tmp_path):
     from qoqlab import site
 
-    site.build(tmp_path)
-    page = chromium.new_page(viewport={"width": 1280, "height": 1000})
+    lesson = "08_why_w4a8kv4"
+    (tmp_path / "course").mkdir()
+    shutil.copy(ROOT / "notebooks" / f"{lesson}.ipynb", tmp_path / "course")
+    site.build(tmp_path / "site", tmp_path / "course")
+    page = chromium.new_page(viewport={"width": 1280, "height": 1000}, color_scheme="light")
     elsewhere, complaints = [], []
     page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or elsewhere.append(r.url))
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto((tmp_path / "index.html").as_uri())
+    page.goto((tmp_path / "site" / "index.html").as_uri())
     page.get_by_text("08 · Why W4A8KV4").click()
     assert page.locator("math").first.bounding_box()["height"] > 5
     figure = page.locator("figure.plotly").nth(1)  # it has a slider of its own
@@ -319,6 +359,20 @@ def test_the_site_draws_figures_and_formulas_without_a_server(chromium, tmp_path
     before = title(figure)
     figure.locator(".slider-rail-touch-rect").click()  # the middle of the rail
     settle(page, lambda: title(figure) != before)
-    page.screenshot(path=SHOTS / "site.png")
+
+    papers = {}
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        papers[theme] = colour(page.locator("body"), "background-color")
+        for words in ("p", "h2", ".jp-InputArea-editor span"):
+            assert contrast(colour(page.locator(words).first, "color"), papers[theme]) >= 4.5, f"{words}, {theme}"
+        settle(
+            page,
+            lambda paper=papers[theme]: contrast(colour(figure.locator(".main-svg").first, "background-color"), paper) < 1.1,
+        )
+        for words in (".gtitle", ".xtick text", ".xtitle", ".legendtext", ".slider-label"):
+            assert contrast(colour(figure.locator(words).first, "fill"), papers[theme]) >= 4.5, f"{words}, {theme}"
+        page.screenshot(path=SHOTS / f"site_{theme}.png")
+    assert luminance(papers["light"]) > 0.9 and luminance(papers["dark"]) < 0.05
     assert elsewhere == [] and complaints == []
     page.close()
