@@ -193,10 +193,40 @@ def check_rest() -> None:
             "silu_mul_s8": same(qk.silu_mul_s8(torch.cat([x, other], 1)), reference.silu_mul_s8(torch.cat([x, other], 1))),
         }
         failures += [f"{name} {m}x{k}: not the reference's bits" for name, right in checks.items() if not right]
+    failures += check_new_tokens()
     torch.cuda.synchronize()
     print(f"the other kernels, {len(failures)} failures")
     if failures:
         raise SystemExit("\n".join(failures))
+
+
+def check_new_tokens() -> list[str]:
+    """What is wrong with a decode step's way from q, k, v to the output GEMM on small cases: RoPE and append, then the token
+    itself beside its past."""
+    import qoqlab_kernels as qk
+    import torch
+    from qoqlab_kernels.bench_elementwise import same
+
+    from qoqlab import exact, reference
+
+    failures = []
+    for dim, heads, kv_heads, dtype in ((128, 8, 2, torch.float16), (64, 9, 3, torch.bfloat16)):
+        cache = qk.PagedKV4(1, kv_heads, dim, 8, device="cuda")
+        sequences = [cache.open() for _ in range(5)]
+        cache.grow(dict.fromkeys(sequences, 1))
+        slots = torch.tensor(sequences, dtype=torch.int32, device="cuda")
+        qkv = torch.randn(5, heads + 2 * kv_heads, dim, device="cuda", dtype=dtype)
+        angles = torch.randn(1, dim // 2, device="cuda")
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        query, key = qk.rope_kv4_append(cache, 0, slots, qkv.flatten(1), cos, sin)
+        turned = exact.rotate(qkv[:, : heads + kv_heads], cos[:, None], sin[:, None])
+        if not torch.equal(torch.cat([query, key], 1), turned):
+            failures.append(f"rope_kv4_append, head_dim {dim}: not the reference's bits")
+        seen, lse = torch.randn_like(query), torch.randn(query.shape[:2], device="cuda")
+        own = (seen, lse, query, key, qkv[:, heads + kv_heads :])
+        if not same(qk.attend_own_s8(*own), reference.attend_own_s8(*own)):
+            failures.append(f"attend_own_s8, head_dim {dim}: not the reference's bits")
+    return failures
 
 
 def profile() -> None:

@@ -4,9 +4,8 @@
 
 One row per model, method and text. Texts: Python's documentation, which calibration also uses (other topics of it), and
 WikiText-2, if its folder is given, which is unlike anything that the model was trained on (its test split as
-`qoqlab.load_text` reads it, as published perplexities do; the stored table of 2026-11-23 joins its lines by one newline
-instead of two). Takes half an hour on two CPU cores; ``--jobs`` measures several methods at a time. A JSON file beside the
-table says with which versions.
+`qoqlab.load_text` reads it, as published perplexities do). Takes hours on two CPU cores and minutes on a GPU, ``--device
+cuda``; ``--jobs`` measures several methods at a time. A JSON file beside the table says with which versions.
 """
 
 from __future__ import annotations
@@ -27,9 +26,11 @@ import transformers
 import qoqlab
 from qoqlab.bundled import spread
 from qoqlab.comparison import resolve
-from qoqlab.tour import ACTIVATION_RATIO, KEY_RATIO, LENGTH, TEST_WINDOWS
+from qoqlab.tour import ACTIVATION_RATIO, KEY_RATIO, LENGTH
 
 CALIBRATION_WINDOWS = 16
+#: Of 512 tokens, of every text. With 16 of them, methods that lie close to each other changed places from text to text.
+TEST_WINDOWS = 128
 
 
 def main() -> None:
@@ -38,10 +39,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="methods that are measured at the same time")
+    parser.add_argument("--device", default="cpu", help="where models are quantised and measured")
     parser.add_argument("--commit", help="recorded where the code runs outside a git checkout")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these again and replace their rows in OUT")
     options = parser.parse_args()
     model, tokenizer = qoqlab.load_tiny()
+    model = model.to(options.device)
     models = {"bundled": model, "planted": qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)}
     texts = {"Python documentation": qoqlab.load_text("python-docs", "test")}
     if options.wikitext:
@@ -69,7 +72,9 @@ def main() -> None:
     facts = {
         "date": date.today().isoformat(),
         "commit": options.commit or commit.stdout.strip(),
-        "command": f"python data/benchmarks/comparison.py --wikitext WIKITEXT_2_FOLDER --jobs {options.jobs} --out FILE",
+        "command": "python data/benchmarks/comparison.py --wikitext WIKITEXT_2_FOLDER "
+        f"--device {options.device} --jobs {options.jobs} --out FILE",
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -30,7 +30,8 @@ WARPS, WARP_BYTES = 4, 18432
 @dataclass(frozen=True)
 class AttentionPlan:
     """Which kernel and, of v4 only, how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies,
-    ``blocks`` in the grid, ``overlap`` with the previous kernel's end."""
+    ``blocks`` in the grid, ``overlap`` with the previous kernel's end, ``weight``: pages that a segment counts for beside its
+    own."""
 
     version: str
     warps: int = 0
@@ -38,10 +39,12 @@ class AttentionPlan:
     bulk: bool = False
     blocks: int = 0
     overlap: bool = False
+    weight: int = 0
+    from_run: int = 0
 
     def constants(self, form: Form) -> tuple:
         """What the kernel of this version is built from."""
-        return (form, self.warps, self.stages, self.bulk, self.overlap) if self.version == "v4" else (form,)
+        return (form, self.warps, self.stages, self.bulk, self.overlap, self.weight, self.from_run) if self.version == "v4" else (form,)
 
 
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:

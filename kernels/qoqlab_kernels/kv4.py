@@ -19,10 +19,12 @@ w is rounded to fp16 for the tensor cores, p relative to the largest score of it
 (a power of two), so w lies in [0, 2) with its largest element near 1 whatever the context's length: nothing underflows that
 counts. The same rounded w multiplies codes and zeros. Every page's product is added to fp32 accumulators on its own.
 
-Work. The flat list of (sequence, KV head, page) is cut into equal runs, one a block; a block's warps take pages by turns,
-each through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared memory
-when it ends. A (sequence, head) that several blocks share is merged by whichever comes last, always in the order of blocks,
-so results repeat bit for bit.
+Work. The flat list of (sequence, KV head, page) is cut into runs of equal work, one a block; a block's warps take pages by
+turns, each through a ring of its own. What a block has of one (sequence, head) is a *segment*: its warps merge in shared
+memory when it ends. That, and the next one's queries, take the time of several pages, so the list that is cut has as many
+units more behind every head's pages, which nobody fetches: many short sequences do not all fall to one block. A (sequence,
+head) that several blocks share is merged by whichever comes last, always in the order of blocks, so results repeat bit for
+bit.
 """
 
 from __future__ import annotations
@@ -172,7 +174,8 @@ class Ring:
 
     @property
     def barriers(self) -> int:
-        """Offset of a barrier for every stage, then of a few words: sums of the warps, where the run starts, a flag."""
+        """Offset of a barrier for every stage, then of a few words: sums of the warps, where the run starts and ends, a
+        flag."""
         return self.parts + self.warps * self.form.group * self.form.row
 
     @property
@@ -183,12 +186,13 @@ class Ring:
     @property
     def total(self) -> int:
         """Bytes to ask for; 128 of them to align the rest."""
-        return self.words + 4 * (self.warps + 4) + 128
+        return self.words + 4 * (2 * self.warps + 6) + 128
 
 
-def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -> Program:
+def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, weight: int = 0, from_run: int = 0) -> Program:
     """``warps`` in a block, ``stages`` pages on their way to each; ``bulk``: by bulk copies (sm_90); ``overlap``: start
-    while the previous kernel of the stream ends, and wait for it inside (sm_90)."""
+    while the previous kernel of the stream ends, and wait for it inside (sm_90); ``weight``: pages whose time a segment takes
+    beside its own pages'."""
     layout, ring = form.layout, Ring(form, warps, stages)
     d, size, group, tiles, row_bytes = form.head_dim, form.page_size, form.group, form.tiles, form.row
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
@@ -242,6 +246,21 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                 head, sequence = u32(0), u32(sequence + u32(1))
                 count, line = where(sequence, lengths, slots, window, width)
         return sequence, head, page, count, line
+
+    @device
+    def locate(rest, sequence, extra, lengths, slots, window, kv_heads):
+        """(sequence, head, page of it, pages before it) ``rest`` units after the first of ``sequence``; the page may be one
+        of the ``extra`` ones that the head does not have."""
+        before = u32(0)
+        pages = span(lengths, ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4)), window)[3]
+        while pages == u32(0) or rest >= u32(pages + extra) * kv_heads:
+            if pages > u32(0):
+                rest, before = u32(rest - u32(pages + extra) * kv_heads), u32(before + pages * kv_heads)
+            sequence = u32(sequence + u32(1))
+            pages = span(lengths, ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4)), window)[3]
+        head = ptx.quotient(rest, u32(pages + extra))
+        page = u32(rest - head * u32(pages + extra))
+        return sequence, head, page, u32(before + u32(head * pages + min(page, pages)))
 
     @device
     def number(tables, line, page):
@@ -307,7 +326,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
         return undo
 
     @device
-    def merge_rows(quad, row, first, last, partials, quotient, remainder, head_first):
+    def merge_rows(quad, row, first, last, partials, quotient, remainder, head_first, extra):
         """Sum of a row's four numbers over the blocks ``first .. last``, fetched `BATCH` at a time, in their order."""
         largest, total = f32(LOWEST), f32(0.0)
         o0 = o1 = o2 = o3 = f32(0.0)
@@ -318,8 +337,8 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
             for j in range(BATCH):
                 other = min(u32(start + u32(j)), last)
                 side = u32(0)
-                if first_unit(other, quotient, remainder) < head_first:
-                    side = u32(1)  # their run began before this head, so it is their last segment of two
+                if first_unit(other, quotient, remainder) + extra < head_first:
+                    side = u32(1)  # their run began with the pages of another head, so it is their last segment of two
                 spot = u64(u32(u32(other * u32(2) + side) * u32(group) + row)) * u64(row_bytes)
                 at = ptx.address(partials) + spot
                 v, w = ptx.ldg4(at + u64(quad * u32(16))), ptx.ldg4(at + u64(4 * d))
@@ -381,12 +400,14 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
         # how many pages there are, and where this block's run of them starts
         some = ptx.quotient(u32(batch + u32(threads - 1)), u32(threads))
         from_, to_ = u32(thread * some), min(batch, u32(u32(thread + u32(1)) * some))
-        count = u32(0)
+        count = filled = u32(0)
         for b in range(from_, to_):
             slot = ptx.ldg1(ptx.address(slots) + u64(b) * u64(4))
             pages = span(lengths, slot, window)[3]
             count = u32(count + pages)
-            if pages == u32(0) and ptx.modulo(u32(b), u32(cuda.gridDim.x)) == worker:
+            if pages > u32(0):
+                filled = u32(filled + u32(1))
+            elif ptx.modulo(u32(b), u32(cuda.gridDim.x)) == worker:
                 # no tokens, nothing to attend to: zeros
                 for item in range(kv_heads * u32(group * d // 2)):
                     at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
@@ -395,44 +416,61 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                     for item in range(kv_heads * u32(group)):
                         at = u64(b) * u64(kv_heads) * u64(group) + u64(item)
                         ptx.stg1(ptx.address(lse) + at * u64(4), u32(0xFF800000))  # -inf
-        inclusive = count
+        inclusive, filled_inclusive = count, filled
         for k in range(5):
-            other = u32(ptx.shuffle_up(i32(inclusive), u32(1 << k)))
+            other, another = ptx.shuffle_up(i32(inclusive), u32(1 << k)), ptx.shuffle_up(i32(filled_inclusive), u32(1 << k))
             if lane >= u32(1 << k):
-                inclusive = u32(inclusive + other)
+                inclusive, filled_inclusive = u32(inclusive + u32(other)), u32(filled_inclusive + u32(another))
         if lane == u32(31):
-            ptx.sts1(words + u32(warp * u32(4)), inclusive)
+            ptx.sts1(words + u32(warp * u32(8)), inclusive)
+            ptx.sts1(words + u32(warp * u32(8)) + u32(4), filled_inclusive)
         cuda.syncthreads()
-        total = u32(0)
+        total = filled_total = u32(0)
         for w in range(warps):
-            other = ptx.lds1(words + u32(4 * w))
+            two = ptx.lds2(words + u32(8 * w))
             if u32(w) < warp:
-                inclusive = u32(inclusive + other)
-            total = u32(total + other)
-        units = u32(total * kv_heads)
-        workers = min(u32(cuda.gridDim.x), max(u32(1), ptx.quotient(u32(units + u32(warps - 1)), u32(warps))))
+                inclusive, filled_inclusive = u32(inclusive + two[0]), u32(filled_inclusive + two[1])
+            total, filled_total = u32(total + two[0]), u32(filled_total + two[1])
+        pages_all = u32(total * kv_heads)
+        workers = min(u32(cuda.gridDim.x), max(u32(1), ptx.quotient(u32(pages_all + u32(warps - 1)), u32(warps))))
+        extra = u32(0)
+        if pages_all >= workers * u32(from_run):
+            extra = u32(weight)
+        units = u32(pages_all + u32(filled_total * kv_heads) * extra)
         quotient = ptx.quotient(units, workers)
         remainder = u32(units - quotient * workers)
         unit = end = u32(0)
         if worker < workers:
-            unit, end = first_unit(worker, quotient, remainder), first_unit(u32(worker + u32(1)), quotient, remainder)
-        if unit < end:
-            head_of = words + u32(4 * warps)
             below = u32(u32(inclusive - count) * kv_heads)
-            if below <= unit and unit < u32(inclusive * kv_heads):
-                sequence, rest = from_, u32(unit - below)
-                pages = span(lengths, ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4)), window)[3]
-                while rest >= u32(pages * kv_heads):
-                    rest = u32(rest - pages * kv_heads)
-                    sequence = u32(sequence + u32(1))
-                    pages = span(lengths, ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4)), window)[3]
-                head = ptx.quotient(rest, pages)
-                ptx.sts1(head_of, sequence)
-                ptx.sts1(head_of + u32(4), head)
-                ptx.sts1(head_of + u32(8), u32(rest - head * pages))
+            below_units = u32(below + u32(u32(filled_inclusive - filled) * kv_heads) * extra)
+            above_units = u32(u32(inclusive + filled_inclusive * extra) * kv_heads)
+            for edge in range(2):
+                target = first_unit(u32(worker + u32(edge)), quotient, remainder)
+                if below_units <= target and target < above_units:
+                    sequence, head, page, before = locate(
+                        u32(target - below_units), from_, extra, lengths, slots, window, kv_heads
+                    )
+                    to = words + u32(8 * warps + 4 * edge)
+                    ptx.sts1(to, u32(below + before))
+                    if edge == 0:
+                        ptx.sts1(to + u32(8), sequence)
+                        ptx.sts1(to + u32(12), head)
+                        ptx.sts1(to + u32(16), page)
             cuda.syncthreads()
-            sequence, head, page = ptx.lds1(head_of), ptx.lds1(head_of + u32(4)), ptx.lds1(head_of + u32(8))
+            unit, end = ptx.lds1(words + u32(8 * warps)), pages_all
+            if u32(worker + u32(1)) < workers:
+                end = ptx.lds1(words + u32(8 * warps + 4))
+        if unit < end:
+            sequence, head = ptx.lds1(words + u32(8 * warps + 8)), ptx.lds1(words + u32(8 * warps + 12))
+            page = ptx.lds1(words + u32(8 * warps + 16))
             pages, line = where(sequence, lengths, slots, window, width)
+            origin = u32(first_unit(worker, quotient, remainder) - page)  # of the head, in units
+            if page >= pages:
+                # the run starts behind the head's pages
+                origin = u32(origin + u32(pages + extra))
+                sequence, head, page, pages, line = skip(
+                    sequence, head, pages, pages, line, u32(0), lengths, slots, window, width, kv_heads
+                )
             # what this warp fetches next
             mine = ahead = u32(unit + warp)
             sequence_a, head_a, page_a, pages_a, line_a, number_a = sequence, head, page, pages, line, u32(0)
@@ -469,7 +507,6 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                 slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
                 length, first, first_page, pages = span(lengths, slot, window)
                 stop = min(end, u32(unit + u32(pages - page)))
-                head_first = u32(unit - page)
                 row = u32(u32(sequence * kv_heads + head) * u32(group))
                 scale = scale_given * load_queries(query, row, lane, queries, sums)
                 for i in range(tiles * 4 * steps):
@@ -648,11 +685,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                             ptx.stg4(to_part + u64(4 * d), word_of(top), word_of(mass), u32(0), u32(0))
                 if not whole:
                     cuda.syncthreads()
-                    last_unit = u32(head_first + u32(pages - u32(1)))
-                    first_worker = worker_of(head_first, quotient, remainder)
-                    last_worker = worker_of(last_unit, quotient, remainder)
+                    first_worker = worker_of(origin, quotient, remainder)
+                    last_worker = worker_of(u32(origin + u32(pages - u32(1))), quotient, remainder)
                     counter = ptx.address(counters) + u64(u32(sequence * kv_heads + head)) * u64(4)
-                    flag = words + u32(4 * warps + 12)
+                    flag = words + u32(8 * warps + 20)
                     if thread == u32(0):
                         # released and acquired for the whole block: barriers on both sides
                         ptx.sts1(flag, ptx.atomic_inc(counter))
@@ -661,13 +697,13 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False) -
                         for item in range(thread, u32(group * quads), u32(threads)):
                             r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
                             o0, o1, o2, o3, mass, top = merge_rows(
-                                quad, r, first_worker, last_worker, partials, quotient, remainder, head_first
+                                quad, r, first_worker, last_worker, partials, quotient, remainder, origin, extra
                             )
                             write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
                         if thread == u32(0):
                             ptx.stg1(counter, u32(0))  # ready for the next launch
                 cuda.syncthreads()  # the rows and the flag may be written again
-                unit, page, side = stop, u32(0), u32(1)
+                unit, page, side, origin = stop, u32(0), u32(1), u32(origin + u32(pages + extra))
                 if unit < end:
                     sequence, head, page, pages, line = skip(
                         sequence, head, u32(pages - u32(1)), pages, line, u32(1), lengths, slots, window, width, kv_heads

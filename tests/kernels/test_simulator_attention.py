@@ -119,6 +119,15 @@ def test_more_sequences_than_threads(simulator: Simulator) -> None:
     check(simulator, ALONE | {"blocks": 3}, form(64, 1), lengths)
 
 
+@pytest.mark.parametrize("weight", [1, 3])
+def test_segments_have_a_weight(simulator: Simulator, weight: int) -> None:
+    """Runs start and end in the units behind a head's pages, at its first page and amid them; heads are shared by two blocks
+    and by more; empty sequences weigh nothing."""
+    lengths = [16, 0, 5, 16 * 6, 1, 40, 0]
+    plan = ALONE | {"blocks": 6, "weight": weight}
+    check(simulator, plan, form(64, 1), lengths, kv_heads=2, repeats=2)
+
+
 @pytest.mark.parametrize("version", ["v2", "v3", "v4"])
 def test_unchanged_kernels_are_right(simulator: Simulator, version: str) -> None:
     assert simulator("attention_mutant_case", version=version, what="nothing")["right"]
