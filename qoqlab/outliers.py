@@ -63,7 +63,7 @@ def _plant_channels(norm: nn.Module, consumers: list[nn.Linear], channels: torch
     """
     gain = norm.get_parameter("weight").detach()
     raised = gain.clone()
-    median = gain.abs().median()
+    median, channels = gain.abs().median(), channels.to(gain.device)
     usable = channels[gain[channels].abs() > 1e-3 * median]
     raised[usable] = ratio * median * gain[usable].sign()
     replace_parameter(norm, "weight", raised)

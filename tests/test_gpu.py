@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qoqlab import affine, baselines, kv, offload, pipeline, progressive, recipes, reference, steps
+from qoqlab import affine, baselines, kv, offload, outliers, pipeline, progressive, recipes, reference, steps
 from qoqlab.grids import INT4, INT8, UINT4, UINT8, Zero
 from qoqlab.kv import Keys, KVFormat
 from qoqlab.recipes import Recipe, Step
@@ -39,6 +39,13 @@ def test_codes_and_scales_equal_the_cpus(zero: Zero) -> None:
     assert_same(affine.quantize_per_channel_u4(w.cuda(), zero), affine.quantize_per_channel_u4(w, zero))
     assert_same(affine.quantize_per_token_s8(w.cuda()), affine.quantize_per_token_s8(w))
     assert_same(kv.quantize_kv4(w.cuda()), kv.quantize_kv4(w))
+
+
+def test_planted_outliers_equal_the_cpus() -> None:
+    model = build("llama")
+    on_cpu, on_gpu = outliers.plant(model, 30.0, 10.0), outliers.plant(model.cuda(), 30.0, 10.0)
+    for (name, want), got in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
+        torch.testing.assert_close(got.cpu(), want, msg=name)
 
 
 def test_the_matmul_equals_the_cpus() -> None:

@@ -189,10 +189,10 @@ class Ring:
         return self.words + 4 * (2 * self.warps + 6) + 128
 
 
-def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, weight: int = 0, from_run: int = 0) -> Program:
+def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, weight: int = 0) -> Program:
     """``warps`` in a block, ``stages`` pages on their way to each; ``bulk``: by bulk copies (sm_90); ``overlap``: start
-    while the previous kernel of the stream ends, and wait for it inside (sm_90); ``weight``: pages whose time a segment takes
-    beside its own pages'."""
+    while the previous kernel of the stream ends, and wait for it inside (sm_90); ``weight``: pages that a segment counts for
+    beside its own, where runs are at least as long."""
     layout, ring = form.layout, Ring(form, warps, stages)
     d, size, group, tiles, row_bytes = form.head_dim, form.page_size, form.group, form.tiles, form.row
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
@@ -434,19 +434,19 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
         pages_all = u32(total * kv_heads)
         workers = min(u32(cuda.gridDim.x), max(u32(1), ptx.quotient(u32(pages_all + u32(warps - 1)), u32(warps))))
         extra = u32(0)
-        if pages_all >= workers * u32(from_run):
-            extra = u32(weight)
+        if pages_all >= workers * u32(weight):
+            extra = u32(weight)  # shorter runs are cut so that all warps have equally many pages
         units = u32(pages_all + u32(filled_total * kv_heads) * extra)
         quotient = ptx.quotient(units, workers)
         remainder = u32(units - quotient * workers)
-        unit = end = u32(0)
+        unit, end = u32(0), u32(0)
         if worker < workers:
             below = u32(u32(inclusive - count) * kv_heads)
             below_units = u32(below + u32(u32(filled_inclusive - filled) * kv_heads) * extra)
             above_units = u32(u32(inclusive + filled_inclusive * extra) * kv_heads)
             for edge in range(2):
                 target = first_unit(u32(worker + u32(edge)), quotient, remainder)
-                if below_units <= target and target < above_units:
+                if (edge == 0 or extra > u32(0)) and below_units <= target and target < above_units:
                     sequence, head, page, before = locate(
                         u32(target - below_units), from_, extra, lengths, slots, window, kv_heads
                     )
@@ -457,8 +457,10 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
                         ptx.sts1(to + u32(12), head)
                         ptx.sts1(to + u32(16), page)
             cuda.syncthreads()
-            unit, end = ptx.lds1(words + u32(8 * warps)), pages_all
-            if u32(worker + u32(1)) < workers:
+            unit, end = ptx.lds1(words + u32(8 * warps)), first_unit(u32(worker + u32(1)), quotient, remainder)
+            if end == units:
+                end = pages_all
+            elif extra > u32(0):
                 end = ptx.lds1(words + u32(8 * warps + 4))
         if unit < end:
             sequence, head = ptx.lds1(words + u32(8 * warps + 8)), ptx.lds1(words + u32(8 * warps + 12))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from qoqlab_kernels import bench, bench_kv4
-from qoqlab_kernels.attention import AttentionPlan, plan_for
+from qoqlab_kernels.attention import WEIGHT, AttentionPlan, plan_for
 from qoqlab_kernels.bench_kv4 import POINTS, Point
 from qoqlab_kernels.kv4 import Form, Ring
 
@@ -12,10 +12,10 @@ HOPPER, AMPERE, ADA = (232448, 233472), (166912, 167936), (101376, 102400)
 
 
 def test_two_blocks_where_two_stages_of_each_fit() -> None:
-    assert plan_for(Form(128, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 2, True, 264, True)
-    assert plan_for(Form(64, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 4, True, 264, True)
-    assert plan_for(Form(128, 4), (8, 0), 108, *AMPERE) == AttentionPlan("v4", 4, 2, False, 216)
-    assert plan_for(Form(128, 4), (8, 9), 142, *ADA) == AttentionPlan("v4", 4, 2, False, 142)
+    assert plan_for(Form(128, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 2, True, 264, True, WEIGHT)
+    assert plan_for(Form(64, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 4, True, 264, True, WEIGHT)
+    assert plan_for(Form(128, 4), (8, 0), 108, *AMPERE) == AttentionPlan("v4", 4, 2, False, 216, weight=WEIGHT)
+    assert plan_for(Form(128, 4), (8, 9), 142, *ADA) == AttentionPlan("v4", 4, 2, False, 142, weight=WEIGHT)
 
 
 @pytest.mark.parametrize("limits", [HOPPER, AMPERE, ADA])
