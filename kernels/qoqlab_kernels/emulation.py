@@ -38,6 +38,7 @@ class Block:
         self.meetings: dict[Any, threading.Barrier] = {}
         self.exchange: dict[Any, dict[int, Any]] = defaultdict(dict)
         self.arrays: list[tuple[int, np.ndarray]] = []
+        self.failed = False  # a thread has; the others need not wait for it
 
     def shared_bytes(self, at: int, count: int, align: int) -> np.ndarray:
         """A view of ``count`` bytes of shared memory."""
@@ -97,6 +98,79 @@ def shared_array(shared: Any, shape: int, dtype: Any, alignment: None = None) ->
         return shared._allocations[line]
 
 
+class Team:
+    """The threads of a block while they run: how many there are, how many wait in ``syncthreads``, who failed first."""
+
+    def __init__(self, count: int) -> None:
+        self.changed = threading.Condition()
+        self.live, self.waiting, self.round = count, 0, 0
+        self.failed: Any = None
+
+    def _go_on(self) -> None:
+        if self.waiting == self.live:
+            self.waiting, self.round = 0, self.round + 1
+            self.changed.notify_all()
+
+    def wait(self) -> None:
+        """``syncthreads``: until all threads that have not ended are here."""
+        with self.changed:
+            self.waiting += 1
+            mine = self.round
+            self._go_on()
+            self.changed.wait_for(lambda: self.round != mine or self.failed)
+            if self.failed:
+                raise RuntimeError("another thread of the block has failed")
+
+    def leave(self) -> None:
+        """A thread has ended."""
+        with self.changed:
+            self.live -= 1
+            self._go_on()
+
+    def fail(self, block: Block) -> None:
+        """A thread has failed: nobody waits for it."""
+        with self.changed:
+            self.failed = self.failed or threading.current_thread()
+            self.changed.notify_all()
+        with block.lock:
+            block.failed = True
+            block.lock.notify_all()
+            for meeting in block.meetings.values():
+                meeting.abort()
+
+
+def run_block(manager: Any, place: tuple, *arguments: Any) -> None:
+    """`BlockManager.run` of numba's simulator, for `launch.simulate`; raises what the first thread to fail has raised.
+
+    numba's own asks all threads in turn whether they wait, again and again, which takes most of the time that they need.
+    """
+    from numba.cuda.simulator.kernel import BlockThread
+
+    def work() -> None:
+        try:
+            manager._f(*arguments)
+        except Exception:
+            team.fail(_block())
+            raise
+        finally:
+            team.leave()
+
+    threads = [BlockThread(work, manager, place, at, manager._debug) for at in np.ndindex(*manager._block_dim)]
+    team = manager.qoqlab_team = Team(len(threads))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if team.failed:
+        error, trace = team.failed.exception
+        raise error.with_traceback(trace)
+
+
+def syncthreads(thread: Any) -> None:
+    """`BlockThread.syncthreads` of numba's simulator, for `launch.simulate`."""
+    thread._manager.qoqlab_team.wait()
+
+
 def _block() -> Block:
     manager: Any = threading.current_thread()._manager  # type: ignore[attr-defined]
     if not hasattr(manager, "qoqlab_block"):
@@ -118,6 +192,8 @@ def _meet(key: Any, count: int) -> None:
     if meeting is None:
         with block.lock:
             meeting = block.meetings.setdefault(key, threading.Barrier(count))
+            if block.failed:
+                meeting.abort()
     if meeting.parties != count:
         raise ValueError(f"barrier {key}: {count} threads here, {meeting.parties} elsewhere")
     try:
@@ -465,7 +541,7 @@ def barrier_wait(at: int, parity: Any) -> None:
     block = _block()
     with block.lock:
         barrier = _barrier(at)
-        if not block.lock.wait_for(lambda: barrier.phase != int(parity), PATIENCE):
+        if not block.lock.wait_for(lambda: barrier.phase != int(parity) or block.failed, PATIENCE) or block.failed:
             raise RuntimeError(f"mbarrier at {int(at) - SHARED_BASE}: phase {int(parity)} never completed")
 
 

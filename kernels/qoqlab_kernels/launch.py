@@ -221,11 +221,17 @@ def simulate(program: Program, grid: tuple[int, int, int], arguments: Sequence[t
     if program.cluster > 1:
         raise ValueError(f"cluster: {program.cluster}; the simulator runs one block at a time, take 1")
     call = [v.detach().reshape(-1).numpy() if isinstance(v, torch.Tensor) else np.uint32(v) for v in arguments]
+    from numba.cuda.simulator.kernel import BlockManager, BlockThread
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
     from . import emulation
 
-    with warnings.catch_warnings(), mock.patch.object(FakeCUDAShared, "array", emulation.shared_array):
+    with (
+        warnings.catch_warnings(),
+        mock.patch.object(FakeCUDAShared, "array", emulation.shared_array),
+        mock.patch.object(BlockManager, "run", emulation.run_block),
+        mock.patch.object(BlockThread, "syncthreads", emulation.syncthreads),
+    ):
         # idle threads compute with memory that nobody wrote; integers wrap around, as on the GPU
         warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)
         cuda.jit(program.function)[grid, program.threads, 0, program.shared](*call)

@@ -13,9 +13,9 @@ if not hasattr(np, "row_stack"):  # NumPy 2.5 dropped the name, numba-cuda 0.30 
     np.row_stack = np.vstack  # noqa: NPY201
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def simulator() -> Iterator[Simulator]:
-    """The CUDA simulator, started once for each file of tests."""
+    """The CUDA simulator, started once."""
     started = Simulator()
     yield started
     started.close()

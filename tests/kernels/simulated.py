@@ -42,14 +42,12 @@ def poisoned(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor,
 @contextlib.contextmanager
 def backwards() -> Any:
     """Blocks run in the opposite order, so that the first worker of a shared tile comes last instead of the last."""
-    from numba.cuda.simulator.kernel import BlockManager
+    run = emulation.run_block
 
-    run = BlockManager.run
+    def reverse(manager: Any, point: tuple, *arguments: Any) -> None:
+        run(manager, tuple(size - 1 - p for size, p in zip(manager._grid_dim, point, strict=True)), *arguments)
 
-    def reverse(self: Any, point: tuple, *arguments: Any) -> Any:
-        return run(self, tuple(size - 1 - p for size, p in zip(self._grid_dim, point, strict=True)), *arguments)
-
-    with mock.patch.object(BlockManager, "run", reverse):
+    with mock.patch.object(emulation, "run_block", reverse):
         yield
 
 
