@@ -303,7 +303,7 @@ def play(page, moves, wanted: str) -> None:
     for label, value in moves:
         move(board, label, value)
     settle(page, lambda: wanted in title(board) and table.inner_text() != before)
-    assert board.locator(".qoqlab-state").inner_text() == "ready"
+    settle(page, lambda: board.locator(".qoqlab-state").inner_text() == "ready")
 
 
 @each_explorer
