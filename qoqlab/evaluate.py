@@ -96,7 +96,7 @@ def logits_sqnr_db(exact: torch.Tensor, quantized: QuantizedModel, ids: torch.Te
     ``exact [B, T, V]``: the original model's logits for ``ids [B, T]``. A constant added to all logits of a token does not
     count, since it changes no probability.
     """
-    rounded = quantized.model(ids, use_cache=False).logits.float()
+    rounded = quantized.model(ids.to(exact.device), use_cache=False).logits.float()
     return sqnr_db(exact - exact.mean(-1, keepdim=True), rounded - exact - (rounded - exact).mean(-1, keepdim=True))
 
 

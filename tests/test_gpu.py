@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qoqlab import affine, baselines, kv, offload, outliers, pipeline, progressive, recipes, reference, steps
+from qoqlab import affine, baselines, comparison, kv, offload, outliers, pipeline, progressive, recipes, reference, steps
 from qoqlab.grids import INT4, INT8, UINT4, UINT8, Zero
 from qoqlab.kv import Keys, KVFormat
 from qoqlab.recipes import Recipe, Step
@@ -46,6 +46,12 @@ def test_planted_outliers_equal_the_cpus() -> None:
     on_cpu, on_gpu = outliers.plant(model, 30.0, 10.0), outliers.plant(model.cuda(), 30.0, 10.0)
     for (name, want), got in zip(on_cpu.named_parameters(), on_gpu.parameters(), strict=True):
         torch.testing.assert_close(got.cpu(), want, msg=name)
+
+
+def test_methods_are_compared_where_the_model_lies() -> None:
+    names = [recipe.name for recipe in comparison.resolve("paper")]
+    table = comparison.compare(names, wide("llama").cuda(), random_ids(4, 24), random_ids(3, 24, seed=5), progress=False)
+    assert table["method"].tolist() == names and table["perplexity"].gt(0).all()
 
 
 def test_the_matmul_equals_the_cpus() -> None:
