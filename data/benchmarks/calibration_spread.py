@@ -1,67 +1,53 @@
-"""How much does the choice of calibration text matter? QoQ on the planted bundled model, over several disjoint samples.
+"""How much does the choice of calibration text matter? The closest methods, each calibrated on several disjoint samples.
 
-    python data/benchmarks/calibration_spread.py --out data/benchmarks/calibration_spread.json
+    python data/benchmarks/calibration_spread.py --wikitext WIKITEXT_2_FOLDER --out data/benchmarks/calibration_spread.json
 
-Runs on the CPU in about two minutes. Prints, per preset, mean and standard deviation of the perplexity gap to fp16 and
-of the logits' signal-to-error ratio.
+Bundled and planted model, the texts and windows of `comparison.py`. Prints, per model, method and text, mean and standard
+deviation of the perplexity gap to fp16 and of the logits' signal-to-error ratio. Minutes on a GPU (``--device cuda``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
-from datetime import date
 from pathlib import Path
 
+import joblib
 import pandas as pd
-import torch
-import transformers
+from comparison import CALIBRATION_WINDOWS, facts_of, models_on, texts_of, windows_of
 
 import qoqlab
 from qoqlab.bundled import spread
-from qoqlab.evaluate import logits_sqnr_db
-from qoqlab.tour import ACTIVATION_RATIO, CALIBRATION_WINDOWS, KEY_RATIO, LENGTH, TEST_WINDOWS
+from qoqlab.tour import LENGTH
 
-PRESETS = ("qoq-per-channel", "qoq-g128")
+PRESETS = ("quarot-w4a8kv4", "qoq-per-channel", "qoq-g128", "qoq-plus", "awq-w4a8kv4-g128", "atom-w4a8kv4-g128")
 DRAWS = 4
+KEPT = ["model", "method", "text", "gap", "logits_sqnr_db"]
 
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="methods that are measured at the same time")
+    parser.add_argument("--device", default="cpu", help="where models are quantised and measured")
+    parser.add_argument("--commit", help="recorded where the code runs outside a git checkout")
     options = parser.parse_args()
-    model, tokenizer = qoqlab.load_tiny()
-    planted = qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)
+    models, tokenizer = models_on(options.device)
     windows = qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH)
-    test = spread(qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "test"), LENGTH), TEST_WINDOWS)
-    base = qoqlab.perplexity(planted, test)
-    with torch.no_grad():
-        exact = planted(test[:4], use_cache=False).logits.float()
-    rows = []
-    for draw in range(DRAWS):
-        sample = spread(windows[draw:], CALIBRATION_WINDOWS)
-        for preset in PRESETS:
-            q = qoqlab.quantize(planted, preset, sample, progress=False, report=False)
-            gap, sqnr = qoqlab.perplexity(q, test) - base, logits_sqnr_db(exact, q, test[:4])
-            rows.append({"op": "calibration_spread", "preset": preset, "draw": draw, "gap": gap, "logits_sqnr_db": sqnr})
-    record = {
-        "gpu": None,
-        "date": date.today().isoformat(),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "results": rows,
-    }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(pd.DataFrame(rows).groupby("preset", sort=False)[["gap", "logits_sqnr_db"]].agg(["mean", "std"]).round(2))
+    samples = [spread(windows[draw:], CALIBRATION_WINDOWS) for draw in range(DRAWS)]
+    tests = windows_of(tokenizer, texts_of(options.wikitext))
+    one = joblib.delayed(qoqlab.compare)
+    cases = [(draw, name, preset) for draw in range(DRAWS) for name in models for preset in PRESETS]
+    tables = joblib.Parallel(n_jobs=options.jobs)(
+        one([preset], {name: models[name]}, samples[draw], tests, runtime=False, progress=False)
+        for draw, name, preset in cases
+    )
+    table = pd.concat([t[KEPT].assign(draw=draw) for t, (draw, _, _) in zip(tables, cases, strict=True)], ignore_index=True)
+    record = facts_of("calibration_spread.py", options) | {"results": table.round(4).to_dict("records")}
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table.groupby(["model", "text", "method"], sort=False)[["gap", "logits_sqnr_db"]].agg(["mean", "std"]).round(2))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import subprocess
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import joblib
 import pandas as pd
@@ -29,8 +30,51 @@ from qoqlab.comparison import resolve
 from qoqlab.tour import ACTIVATION_RATIO, KEY_RATIO, LENGTH
 
 CALIBRATION_WINDOWS = 16
-#: Of 512 tokens, of every text. With 16 of them, methods that lie close to each other changed places from text to text.
+#: Of `LENGTH` tokens, of every text. With 16 of them, methods that lie close to each other changed places from text to text.
 TEST_WINDOWS = 128
+
+
+def models_on(device: str) -> tuple[dict[str, torch.nn.Module], Any]:
+    """(the bundled model as it is and with planted outliers, its tokeniser)."""
+    model, tokenizer = qoqlab.load_tiny()
+    model = model.to(device)
+    return {"bundled": model, "planted": qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)}, tokenizer
+
+
+def texts_of(wikitext: Path | None) -> dict[str, str]:
+    """The texts that methods are tested on."""
+    texts = {"Python documentation": qoqlab.load_text("python-docs", "test")}
+    if wikitext:
+        texts["WikiText-2"] = qoqlab.load_text("wikitext-2", "test", path=wikitext)
+    return texts
+
+
+def windows_of(tokenizer: Any, texts: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Tokens of the windows that are tested, from all over each text."""
+    return {name: spread(qoqlab.tokens(tokenizer, text, LENGTH), TEST_WINDOWS) for name, text in texts.items()}
+
+
+def facts_of(script: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to make the same numbers."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "date": date.today().isoformat(),
+        "commit": options.commit or commit.stdout.strip(),
+        "command": f"python data/benchmarks/{script} --wikitext WIKITEXT_2_FOLDER --device {options.device} "
+        f"--jobs {options.jobs} --out FILE",
+        "gpu": torch.cuda.get_device_name() if options.device.startswith("cuda") else None,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "qoqlab": qoqlab.__version__,
+        },
+        "window": LENGTH,
+        "calibration_windows": CALIBRATION_WINDOWS,
+        "test_windows": TEST_WINDOWS,
+        "activation_ratio": ACTIVATION_RATIO,
+        "key_ratio": KEY_RATIO,
+    }
 
 
 def main() -> None:
@@ -43,13 +87,8 @@ def main() -> None:
     parser.add_argument("--commit", help="recorded where the code runs outside a git checkout")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these again and replace their rows in OUT")
     options = parser.parse_args()
-    model, tokenizer = qoqlab.load_tiny()
-    model = model.to(options.device)
-    models = {"bundled": model, "planted": qoqlab.outliers.plant(model, ACTIVATION_RATIO, KEY_RATIO)}
-    texts = {"Python documentation": qoqlab.load_text("python-docs", "test")}
-    if options.wikitext:
-        texts["WikiText-2"] = qoqlab.load_text("wikitext-2", "test", path=options.wikitext)
-    tests = {name: spread(qoqlab.tokens(tokenizer, text, LENGTH), TEST_WINDOWS) for name, text in texts.items()}
+    models, tokenizer = models_on(options.device)
+    tests = windows_of(tokenizer, texts_of(options.wikitext))
     calibration = spread(
         qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH), CALIBRATION_WINDOWS
     )
@@ -65,31 +104,10 @@ def main() -> None:
         table = pd.concat([before[~before["method"].isin(options.only)], table])
         table = table.sort_values(["model", "method"], key=lambda c: c.map((order + list(models)).index), kind="stable")
     table.round(4).to_csv(options.out, index=False)
-    if options.only:
-        print(table.to_string())
-        return
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    facts = {
-        "date": date.today().isoformat(),
-        "commit": options.commit or commit.stdout.strip(),
-        "command": "python data/benchmarks/comparison.py --wikitext WIKITEXT_2_FOLDER "
-        f"--device {options.device} --jobs {options.jobs} --out FILE",
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "qoqlab": qoqlab.__version__,
-        },
-        "window": LENGTH,
-        "calibration_windows": CALIBRATION_WINDOWS,
-        "test_windows": TEST_WINDOWS,
-        "activation_ratio": ACTIVATION_RATIO,
-        "key_ratio": KEY_RATIO,
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-    }
-    options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(table.to_string())
+    if not options.only:
+        facts = facts_of("comparison.py", options) | {"minutes": round((time.perf_counter() - start) / 60, 1)}
+        options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
