@@ -76,6 +76,7 @@ def lane_cells(table: pd.DataFrame, lane: int, title: str) -> go.Figure:
     owner = np.full((len(rows), len(columns)), np.nan, dtype=np.float32)
     owner[np.searchsorted(rows, n), np.searchsorted(columns, k)] = table["lane"]
     mine = table[table["lane"] == lane]
+    mark = "r" if len(mine) <= 16 else ""  # side by side on a narrow page there is room for the number alone
     figure = go.Figure(
         go.Heatmap(
             z=owner,
@@ -93,7 +94,7 @@ def lane_cells(table: pd.DataFrame, lane: int, title: str) -> go.Figure:
     figure.add_scatter(
         x=mine["k"].to_list(),
         y=mine["n"].to_list(),
-        text=[f"r{register}" for register in mine["register"]],
+        text=[f"{mark}{register}" for register in mine["register"]],
         mode="markers+text",
         marker={"symbol": "square", "size": 17, "color": "white", "line": {"color": PALETTE[1], "width": 2}},
         textfont={"size": 10, "color": _INK},

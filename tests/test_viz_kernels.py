@@ -45,6 +45,8 @@ def test_cells_are_those_of_the_lane():
     assert heat.z.shape == (16, 32) and {int(heat.z[n, k]) for n, k in zip(marks.y, marks.x, strict=True)} == {5}
     assert sorted(set(marks.text)) == ["r0", "r1", "r2", "r3"] and len(marks.x) == 16
     assert len(viz_kernels.lane_cells(TILE, 99, "nobody").data) == 2
+    whole = TILE.assign(lane=5)
+    assert "r" not in "".join(viz_kernels.lane_cells(whole, 5, "crowded").data[1].text), "no room for more than a number"
 
 
 def test_times_are_drawn_beside_the_bound_and_missing_ones_left_out():
