@@ -229,7 +229,7 @@ def published_and_bound(table: pd.DataFrame, title: str, against: str = "bound")
                     "color": PALETTE[index % len(PALETTE)],
                     "symbol": ("circle", "diamond-open")[shape % 2],
                     "size": 10,
-                    "line": {"width": 1.5},
+                    "line": {"width": 1.5 * (shape % 2)},
                 },
                 hovertemplate=f"%{{text}}: %{{y:.0f}} tokens/s, {against} %{{x:.0f}}<extra>%{{fullData.name}}</extra>",
             )
@@ -319,4 +319,4 @@ def bars(table: pd.DataFrame, title: str, x: str, y: str, order: Sequence[str] =
     axis = _log_axis([torch.tensor(table["value"].to_list())])
     axis["range"] = [axis["range"][0] - 0.15, axis["range"][1]]  # type: ignore[index]
     long = max(map(len, table["name"])) > 8
-    return figure.update_yaxes(**axis).update_xaxes(tickangle=-25 if long else 0, showgrid=False)
+    return figure.update_yaxes(**axis).update_xaxes(type="category", tickangle=-25 if long else 0, showgrid=False)
