@@ -757,7 +757,7 @@ def roofline(table: pd.DataFrame, title: str, x: str, y: str) -> go.Figure:
             },
             hovertemplate="%{x:.3g} -> %{y:.3g}<extra>%{fullData.name}</extra>",
         )
-    _layout(figure, title, f"{x} (log scale)", f"{y} (log scale)")
+    _layout(figure, title, *(f"{name[:-1]}, log scale)" if name.endswith(")") else f"{name} (log scale)" for name in (x, y)))
     figure.update_xaxes(**_log_axis([torch.tensor(table["intensity"].to_list())]))
     return figure.update_yaxes(**_log_axis([torch.tensor(table["speed"].to_list())]))
 
