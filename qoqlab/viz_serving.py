@@ -81,7 +81,16 @@ def _stack(figure: go.Figure, table: pd.DataFrame, value: str, x: str, column: i
     totals = table.groupby("precision", sort=False)[value].sum()
     for name, total in totals.items():
         figure.add_annotation(
-            x=total, y=name, text=f" {total:.3g}", showarrow=False, xanchor="left", font={"size": 12}, row=1, col=column
+            x=total,
+            y=name,
+            text=f" {total:.3g}",
+            showarrow=False,
+            xanchor="left",
+            font={"size": 12},
+            bgcolor="white",  # a dashed line may run behind it
+            borderpad=0,
+            row=1,
+            col=column,
         )
     figure.update_xaxes(range=[0, 1.25 * float(totals.max())], title_text=x, row=1, col=column)
     figure.update_yaxes(autorange="reversed", showgrid=False, title_text="precision", row=1, col=column)
@@ -100,7 +109,7 @@ def step_and_memory(step: pd.DataFrame, memory: pd.DataFrame, capacity: float, t
     widest = float(memory.groupby("precision")["gib"].sum().max())
     figure.update_xaxes(range=[0, max(1.25 * widest, 1.08 * capacity)], row=1, col=2)
     _layout(figure, title, barmode="stack", height=440, margin={"l": 70, "r": 30, "t": 100, "b": 120})
-    figure.update_layout(legend=_below(), legend2=_below() | {"x": 0.6})
+    figure.update_layout(legend=_below(), legend2=_below() | {"y": -0.32})  # side by side they cut each other off
     return figure.update_annotations(font_size=12)
 
 
