@@ -127,6 +127,33 @@ def times(table: pd.DataFrame, title: str, counts: str = "tokens at once, M") ->
     return figure.update_yaxes(**_log_axis([torch.tensor(table.to_numpy()).nan_to_num(0.0)]))
 
 
+def timeline(table: pd.DataFrame, title: str) -> go.Figure:
+    """Who works when in a pipeline: a row per worker, a bar per piece of work with the piece's number in it.
+
+    ``table``: columns ``worker`` (in the order of the rows), ``piece``, ``start`` and ``end`` (ticks). As many traces as
+    workers.
+    """
+    figure = go.Figure()
+    for index, worker in enumerate(dict.fromkeys(table["worker"])):
+        part = table[table["worker"] == worker]
+        figure.add_bar(
+            base=_numbers(part["start"].to_list()),
+            x=_numbers((part["end"] - part["start"]).to_list()),
+            y=[worker] * len(part),
+            orientation="h",
+            name=worker,
+            text=[str(piece) for piece in part["piece"]],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            marker={"color": PALETTE[index % len(PALETTE)], "line": {"color": "white", "width": 2}},
+            hovertemplate=f"{worker}, piece %{{text}}: tick %{{base}}, for %{{x}}<extra></extra>",
+        )
+    workers = table["worker"].nunique()
+    _layout(figure, title, "time (ticks)", "", height=150 + 60 * workers, barmode="overlay", showlegend=False)
+    return figure.update_yaxes(autorange="reversed", showgrid=False)
+
+
 def running_weights(weights: Sequence[torch.Tensor], final: torch.Tensor, page_size: int, title: str) -> go.Figure:
     """Softmax weights of the tokens read so far, a colour per page, and the line of what they become in the end.
 
