@@ -13,8 +13,8 @@ the scale that one GPU would use (the same INT8 codes; a token's sum of codes is
 multiplies leaves the product by linearity); after each for the sum of what they have computed.
 
 On the CPU that sum is taken of integers, before scales and bias, so an engine in fp32 gives the logits of a single one, bit
-for bit. The GPU's GEMM rounds each rank's part to 16 bits before they are added: logits differ from a single GPU's as they do
-between two kernels with different rounding, and where two tokens are nearly as likely the other one may be taken.
+for bit. The GPU's GEMM rounds each rank's part to 16 bits before they are added: logits differ from a single GPU's by what
+rounding does, and where two tokens are nearly as likely the other one may be taken.
 
 Ranks are not led by one: each runs the same program, and makes the same calls with the same arguments in the same order.
 What they decide by, logits, is the same on all of them to the last bit, given cards of one kind; sampling starts from the

@@ -38,12 +38,17 @@ def _require_place(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) -> Activations:
+def quantize_activations(
+    x: torch.Tensor, x_scales: torch.Tensor | None = None, largest: torch.Tensor | None = None
+) -> Activations:
     """Per-token INT8 activations in the order that the GEMM reads, with the sums of codes that its epilogue needs.
 
     ``x [M, K]`` fp16, bf16 or fp32, or INT8 codes with their ``x_scales`` fp16 [M]; K a multiple of 32. Equals
     `qoqlab.affine.quantize_per_token_s8` bit for bit (paper section 4.1), in one kernel. NaN and infinity are not looked
     for: that would wait for the GPU.
+
+    ``largest`` fp32 [M], for fp16 and bf16: each token's scale is this number over 127, since ``x`` is a slice of longer
+    tokens of which it is the largest absolute value. The sums of codes are those of the slice.
 
     Raises TypeError or ValueError for another dtype, shape or device.
     """
@@ -57,9 +62,11 @@ def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) 
         raise ValueError(f"x_scales: int8 codes need their scales, other dtypes have none; x is {x.dtype}")
     if x_scales is not None:
         _require_scales(x_scales, m, x.device)
+    if largest is not None:
+        _require_largest(largest, x)
     _require_place("x", x)
     if torch.compiler.is_compiling():
-        tiles, tokens = _quantize_operator(x, x_scales)
+        tiles, tokens = _quantize_operator(x, x_scales, largest)
         return Activations(tiles, tokens, m, k)
     x = _aligned(x)
     units, padded = blocks(k, 128), blocks(m, 8) * 8
@@ -68,9 +75,10 @@ def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) 
     if x.element_size() == 2:
         capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(x.device.index)[:2]
         threads = elementwise.threads_for(m, k, processors, elementwise.PLAIN_QUEUE)
-        constants = ("plain", KINDS[x.dtype], k, threads, True, capability >= (9, 0))
+        constants = ("plain", KINDS[x.dtype], k, threads, True, capability >= (9, 0), largest is not None)
         x = x.view(torch.uint16)
-        _run(elementwise.elementwise, constants, (padded, 1, 1), [x, x, x, x, tiles, tokens, m, padded, 0])
+        best = x if largest is None else largest.contiguous()
+        _run(elementwise.elementwise, constants, (padded, 1, 1), [x, x, best, x, tiles, tokens, m, padded, 0])
         return Activations(tiles, tokens, m, k)
     scales = tiles if x_scales is None else x_scales.contiguous()
     arrays = [x, scales, tiles, tokens]
@@ -87,6 +95,17 @@ def _require_scales(scales: torch.Tensor, m: int, device: torch.device) -> None:
         raise ValueError(
             f"x_scales: expected fp16 [{m}] on {device}, one number per token, got {scales.dtype} of shape "
             f"{shape_of(scales)} on {scales.device}"
+        )
+
+
+def _require_largest(largest: torch.Tensor, x: torch.Tensor) -> None:
+    require_tensor("largest", largest)
+    if x.element_size() != 2:
+        raise ValueError(f"largest: only fp16 and bf16 tokens are quantised by a given number; x is {x.dtype}")
+    if largest.dtype != torch.float32 or largest.shape != x.shape[:1] or largest.device != x.device:
+        raise ValueError(
+            f"largest: expected fp32 [{x.shape[0]}] on {x.device}, one number per token, got {largest.dtype} of shape "
+            f"{shape_of(largest)} on {largest.device}"
         )
 
 
@@ -280,13 +299,15 @@ def _new_room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor
 
 
 @torch.library.custom_op("qoqlab::quantize_activations", mutates_args=())
-def _quantize_operator(x: torch.Tensor, x_scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    made = quantize_activations(x, x_scales)
+def _quantize_operator(
+    x: torch.Tensor, x_scales: torch.Tensor | None, largest: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    made = quantize_activations(x, x_scales, largest)
     return made.tiles, made.tokens
 
 
 @_quantize_operator.register_fake
-def _(x, x_scales):  # type: ignore[no-untyped-def]
+def _(x, x_scales, largest=None):  # type: ignore[no-untyped-def]
     units, padded = blocks(x.shape[1], 128), blocks(x.shape[0], 8) * 8
     return x.new_empty((units, padded, 128), dtype=torch.int8), x.new_empty((padded, 2), dtype=torch.int32)
 

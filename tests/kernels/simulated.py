@@ -170,6 +170,41 @@ def quantize_case(m: int, k: int, dtype: str, how: str = "contiguous") -> dict:
     }
 
 
+def sliced_case(m: int, k: int, dtype: str) -> dict:
+    """Two slices of gated tokens, as two ranks have them: `silu_mul` finds the largest of each, and with the larger of them
+    `quantize_activations` gives both the codes of the whole, but their own sums."""
+    kind, generator = getattr(torch, dtype), torch.Generator().manual_seed(m * k)
+    sizes = torch.logspace(2, -2, m)[:, None, None]
+    sizes[-1] = 0 if m > 1 else 1
+    halves = (torch.randn(2, m, 2 * k, generator=generator) * sizes[:, 0]).to(kind)
+    halves[0, 0] = 0  # nothing in this slice, something in the other
+    with poisoned_outputs():
+        parts = [qk.silu_mul(half) for half in halves]
+        largest = torch.maximum(parts[0][1], parts[1][1])
+        got = [qk.quantize_activations(x, largest=largest) for x, _ in parts]
+    values = [exact.silu_mul(half) for half in halves]
+    whole = quantize_per_token_s8(torch.cat(values, 1))
+    tiled = [layout.tile_activations(codes, whole.scales) for codes in whole.codes.chunk(2, 1)]
+    return {
+        "values": all(torch.equal(x, want) for (x, _), want in zip(parts, values, strict=True)),
+        "largest": all(torch.equal(best, v.float().abs().amax(-1)) for (_, best), v in zip(parts, values, strict=True)),
+        "tiles": all(torch.equal(a.tiles, b.tiles) for a, b in zip(got, tiled, strict=True)),
+        "tokens": all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, tiled, strict=True)),
+    }
+
+
+def sliced_errors() -> dict:
+    """Bad largest numbers: name -> ``[class, message]``."""
+    x, best = torch.zeros(3, 64, dtype=torch.float16), torch.ones(3)
+    calls = {
+        "a list": lambda: qk.quantize_activations(x, largest=[1.0]),
+        "fp16": lambda: qk.quantize_activations(x, largest=best.half()),
+        "too few": lambda: qk.quantize_activations(x, largest=best[:2]),
+        "of fp32 tokens": lambda: qk.quantize_activations(x.float(), largest=best),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
+
+
 # -- fused element-wise kernels -------------------------------------------------------------------------------------------
 
 
@@ -536,7 +571,7 @@ FUNCTIONS = {
     f.__name__: f
     for f in (
         *(gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases),
-        *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case),
+        *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case, sliced_case, sliced_errors),
         *(attention_case, public_attention_case, attention_mutant_case, attention_errors),
         *(own_case, compiled_own_case, own_mutant_case, own_errors),
     )
