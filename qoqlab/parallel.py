@@ -12,9 +12,10 @@ four times: before each of the two projections for the largest number of every t
 the scale that one GPU would use (the same INT8 codes; a token's sum of codes is that of the slice, and the zero that it
 multiplies leaves the product by linearity); after each for the sum of what they have computed.
 
-On the CPU that sum is taken of integers, before scales and bias, so an engine in fp32 gives the logits of a single one, bit
-for bit. The GPU's GEMM rounds each rank's part to 16 bits before they are added: logits differ from a single GPU's by what
-rounding does, and where two tokens are nearly as likely the other one may be taken.
+That sum is taken of integers, before scales and bias, on the CPU and on the GPU. So a linear gives the numbers of a single
+engine, bit for bit, and on the CPU logits do. (Sums of 16-bit results would be half as many bytes, but their rounding puts
+INT8 and 4-bit codes behind them elsewhere: 5 % of a logit on the bundled model.) On a GPU attention adds up a long context
+in pieces, which depend on how much of it a GPU has to do; there logits may differ by its last bit and what follows from it.
 
 Ranks are not led by one: each runs the same program, and makes the same calls with the same arguments in the same order.
 What they decide by, logits, is the same on all of them to the last bit, given cards of one kind; sampling starts from the
@@ -48,6 +49,7 @@ from .arithmetic import KernelOps, Ops, Projection, ReferenceOps, Weight
 from .cached_attention import Attention, HeadNorms, KernelAttention, ReferenceAttention, Shape
 from .checks import require_count, require_positive, require_rows
 from .engine import Engine, Network
+from .grids import Zero
 from .kv import KVFormat
 from .progressive import ProgressiveWeight
 from .schemes import WeightFormat
@@ -273,7 +275,7 @@ def quantize_slice(x: torch.Tensor, ranks: Ranks) -> Affine:
 
 
 class SlicedKernelOps(KernelOps):
-    """`KernelOps` on a rank's slices. Each rank's part is rounded to 16 bits before the ranks add them up."""
+    """`KernelOps` on a rank's slices. What ranks add up are integers, so the result is that of the whole."""
 
     def __init__(self, kernels: Any, dtype: torch.dtype, ranks: Ranks) -> None:
         super().__init__(kernels, dtype)
@@ -285,9 +287,12 @@ class SlicedKernelOps(KernelOps):
         return self.kernels.quantize_activations(x, largest=self.ranks.largest(largest))
 
     def row_linear(self, a: Any, projection: Projection) -> torch.Tensor:
-        """See `Ops`. The bias comes in once, with the first rank's part."""
-        own = projection if self.ranks.rank == 0 else replace(projection, bias=None)
-        return self.ranks.total(self.linear(a, own))
+        """See `Ops`."""
+        weight = projection.weight
+        total = self.ranks.total(self.kernels.w4a8_sums(a, weight))
+        scaled = not weight.group_size and weight.zero is Zero.SCALED
+        token_sums = self.ranks.total(a.sums.clone()) if scaled else None
+        return self.kernels.scale_sums(total, a, weight, projection.bias, self.dtype, token_sums)
 
 
 class SlicedKernelAttention(KernelAttention):

@@ -23,7 +23,7 @@ from .fused import (
 )
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
-from .matmul import plan, quantize_activations, w4a8_gemm
+from .matmul import plan, quantize_activations, scale_sums, w4a8_gemm, w4a8_sums
 from .plan import Plan
 
 __all__ = [
@@ -45,8 +45,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_s8",
     "rope_kv4_append",
+    "scale_sums",
     "silu_mul",
     "silu_mul_s8",
     "unpack",
     "w4a8_gemm",
+    "w4a8_sums",
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qoqlab.checks import require_rows, require_tensor, shape_of
 from qoqlab.grids import Zero
 
-from . import elementwise, gemm, launch, ptx, quantize
+from . import elementwise, gemm, launch, ptx, quantize, sums
 from .layout import Activations, PackedWeight, blocks
 from .plan import Plan, plan_for, rules, version_for
 
@@ -174,6 +174,66 @@ def w4a8_gemm(
             raise ValueError("out: must be contiguous and start on a 16-byte boundary")
     form = _form(packed, dtype, bias)
     run(plan(x.m, packed, form), form, x, packed, bias, out)
+    return out
+
+
+def w4a8_sums(x: Activations, packed: PackedWeight) -> torch.Tensor:
+    """The integers behind `w4a8_gemm`, int32 ``[M, N]``: sums of products, less integer zeros times the sum of codes.
+
+    For a layer whose inputs several GPUs share: their sums added, `scale_sums` gives the result of one GPU, bit for bit.
+    ``x``: from `quantize_activations`. Raises TypeError or ValueError as `w4a8_gemm`.
+    """
+    for name, value, kind in (("x", x, Activations), ("packed", packed, PackedWeight)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+    if x.k != packed.k or x.device != packed.device:
+        raise ValueError(f"x: K = {x.k} on {x.device} does not match the weight's K = {packed.k} on {packed.device}")
+    _require_place("x", x.tiles)
+    out = torch.empty(x.m, packed.n, dtype=torch.int32, device=x.device)
+    form = replace(_form(packed, torch.float16, None), raw=True)
+    run(plan(x.m, packed, form), form, x, packed, None, out)
+    return out
+
+
+def scale_sums(
+    total: torch.Tensor,
+    x: Activations,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    token_sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``[M, N]`` of ``dtype`` (fp16 or bf16): the epilogue of `w4a8_gemm` on sums int32 ``[M, N]`` of `w4a8_sums`.
+
+    ``x``, ``packed``: any part of the activations and of the weight, for their scales. ``token_sums`` int32 [M]: sums of all
+    codes of every token, for weights with scaled zeros only. Raises TypeError or ValueError naming the argument.
+    """
+    require_tensor("total", total)
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype}")
+    if total.dtype != torch.int32 or total.shape != (x.m, packed.n) or total.device != packed.device:
+        raise ValueError(
+            f"total: expected int32 [{x.m}, {packed.n}] on {packed.device}, got {total.dtype} of shape {shape_of(total)} on "
+            f"{total.device}"
+        )
+    _require_place("total", total)
+    bias = _checked_bias(bias, packed)
+    form = _form(packed, dtype, bias)
+    if form.scaled != (token_sums is not None):
+        raise ValueError("token_sums: weights with scaled zeros need them, others have none")
+    if token_sums is not None and (
+        token_sums.dtype != torch.int32 or token_sums.shape != (x.m,) or token_sums.device != total.device
+    ):
+        raise ValueError(
+            f"token_sums: expected int32 [{x.m}] on {total.device}, got {token_sums.dtype} of shape {shape_of(token_sums)} "
+            f"on {token_sums.device}"
+        )
+    total, out = _aligned(total), torch.empty(x.m, packed.n, dtype=dtype, device=total.device)
+    arrays = [total, x.tokens, x.tokens if token_sums is None else token_sums.contiguous(), packed.rows]
+    arrays += [packed.rows if bias is None else _aligned(bias), out.view(torch.uint16)]
+    grid = (blocks(packed.n, sums.THREADS * sums.OUTPUTS), blocks(x.m, sums.TOKENS), 1)
+    overlap = not ptx.SIMULATED and _gpu(total.device.index)[0] >= (9, 0)
+    _run(sums.scale_sums, (form, overlap), grid, [*arrays, x.m, packed.n])
     return out
 
 

@@ -22,6 +22,7 @@ from qoqlab_kernels.plan import Plan
 
 from qoqlab import exact, reference
 from qoqlab.affine import Affine, quantize_per_token_s8
+from qoqlab.parallel import inputs
 from qoqlab.pipeline import quantize as quantize_model
 
 from ..families import build, cast_parameters
@@ -92,6 +93,41 @@ def gemm_case(
         "kept": all(kept),
         "flags": int(flags.abs().sum()) if p.version in ("v4", "v5") else 0,
     }
+
+
+def sums_case(case: dict, plan: dict, dtype: str = "float16", bias: bool = False) -> dict:
+    """Two halves of the inputs, as two ranks have them: their sums by a plan, added and scaled, are the whole's result."""
+    c, kind = Case(**case), getattr(torch, dtype)
+    w, codes, scales = operands(c)
+    b = torch.linspace(-3, 3, c.n) if bias else None
+    halves, kept = [], []
+    for part in (slice(0, c.k // 2), slice(c.k // 2, c.k)):
+        packed, x = layout.pack_weight(inputs(w, part)), layout.tile_activations(codes[:, part], scales)
+        form = gemm.Form(packed.groups, c.format == "channel-scaled", raw=True)
+        out, buffer = poisoned(c.m, c.n, torch.float32)
+        matmul.run(Plan(**plan), form, x, packed, None, out)
+        halves.append(out.view(torch.int32))
+        kept.append(bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()))
+    token_sums = codes.sum(-1, dtype=torch.int32) if form.scaled else None
+    with poisoned_outputs():
+        y = qk.scale_sums(halves[0] + halves[1], x, packed, b, kind, token_sums)
+    return {"equal": torch.equal(y, product(codes, scales, w, b, kind)), "kept": all(kept)}
+
+
+def sums_errors() -> dict:
+    """Bad input of `w4a8_sums` and `scale_sums`: name -> ``[class, message]``."""
+    c = Case(3, 32, 64, "channel")
+    w, codes, scales = operands(c)
+    packed, x = qk.pack_weight(w), layout.tile_activations(codes, scales)
+    total = torch.zeros(3, 32, dtype=torch.int32)
+    calls = {
+        "x: codes": lambda: qk.w4a8_sums(codes, packed),
+        "x: other K": lambda: qk.w4a8_sums(layout.tile_activations(codes[:, :32], scales), packed),
+        "total: fp32": lambda: qk.scale_sums(total.float(), x, packed),
+        "dtype": lambda: qk.scale_sums(total, x, packed, dtype=torch.float32),
+        "token_sums": lambda: qk.scale_sums(total, x, packed, token_sums=total[:, 0]),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
 
 
 def public_case(case: dict, version: str, tiled: bool = False) -> dict:
@@ -572,6 +608,7 @@ FUNCTIONS = {
     for f in (
         *(gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases),
         *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case, sliced_case, sliced_errors),
+        *(sums_case, sums_errors),
         *(attention_case, public_attention_case, attention_mutant_case, attention_errors),
         *(own_case, compiled_own_case, own_mutant_case, own_errors),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qoqlab_kernels import cases, elementwise, own_token, rope
+from qoqlab_kernels import cases, elementwise, own_token, rope, sums
+from qoqlab_kernels.gemm import Form
 from qoqlab_kernels.pages import ChunkLayout
 
 from .compilers import assert_clean, compile_offline, needs_compilers
@@ -14,7 +15,7 @@ pytestmark = needs_compilers
 
 #: Branch instructions, recorded with CUDA 13.5 and rounded up; most are subroutines of divisions and square roots.
 BRANCHES = {"plain": 50, "norm": 50, "add_norm": 50, "silu": 150}
-ROPE_BRANCHES, OWN_BRANCHES = 150, 100
+ROPE_BRANCHES, OWN_BRANCHES, SUMS_BRANCHES = 150, 100, 30
 #: Usual sizes, and the widest of each kind, which need the most registers.
 KERNELS = [
     (("plain", "half", 4096, 512, True, True), (9, 0)),
@@ -76,3 +77,15 @@ def test_a_token_joins_its_past(constants: tuple, capability: tuple, tmp_path: P
     codes = len(constants) < 8 or constants[7]
     assert {"REDUX", "SHFL"} <= set(made.opcodes) and "LDG.E.128" in made.listing
     assert ("STG.E.64" in made.listing) == codes
+
+
+@pytest.mark.parametrize(
+    ("form", "capability"),
+    [(Form(1), (9, 0)), (Form(0, scaled=True, bfloat=True, bias=True), (8, 0))],
+    ids=["groups", "scaled-bfloat-bias"],
+)
+def test_sums_of_several_gpus(form: Form, capability: tuple, tmp_path: Path) -> None:
+    program = sums.scale_sums(form, capability >= (9, 0))
+    made = compile_offline(program, capability, tmp_path)
+    assert_clean(made, program, SUMS_BRANCHES)
+    assert "LDG.E.128" in made.listing and "STG.E.64" in made.listing
