@@ -14,8 +14,8 @@ multiplies leaves the product by linearity); after each for the sum of what they
 
 That sum is taken of integers, before scales and bias, on the CPU and on the GPU. So a linear gives the numbers of a single
 engine, bit for bit, and on the CPU logits do. (Sums of 16-bit results would be half as many bytes, but their rounding puts
-INT8 and 4-bit codes behind them elsewhere: 5 % of a logit on the bundled model.) On a GPU attention adds up a long context
-in pieces, which depend on how much of it a GPU has to do; there logits may differ by its last bit and what follows from it.
+INT8 and 4-bit codes behind them elsewhere: 5 % of the bundled model's logits in fp16.) A GPU's attention adds up a long
+context in pieces, which depend on how much of it there is to do; there logits may differ by a last bit and what it leads to.
 
 Ranks are not led by one: each runs the same program, and makes the same calls with the same arguments in the same order.
 What they decide by, logits, is the same on all of them to the last bit, given cards of one kind; sampling starts from the
@@ -40,7 +40,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-from torch.distributed.distributed_c10d import _abort_process_group
 
 from . import engine, exact, reference, runtime
 from .affine import Affine, quantize, symmetric_scales
@@ -81,7 +80,9 @@ class Ranks:
         self.device, self.timeout = torch.device(device), float(timeout)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.group = group or dist.group.WORLD
+        default = dist.group.WORLD
+        assert default is not None  # it is initialised
+        self.group = group or default
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise ValueError("group: this process is not in it")
@@ -144,7 +145,7 @@ class Ranks:
 
         def end() -> None:
             ended.set()
-            _abort_process_group(self.group)
+            self.group.abort()
 
         timer = threading.Timer(self.timeout, end)
         timer.daemon = True
