@@ -25,6 +25,7 @@ decides, which requests have arrived, is taken from the first rank.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
@@ -63,6 +64,8 @@ class Ranks:
     """The processes that share an engine: ``group`` of `torch.distributed` (None: all), of the backend "nccl" for GPUs and
     "gloo" for the CPU, in which this one has the number ``rank`` of ``size`` and computes on ``device``.
 
+    ``lost``: another rank is, and this object of no more use.
+
     ``timeout``: seconds that a call may wait for other ranks; on a GPU, seconds that any call of the engine may take, in
     which it may have kernels to compile. There the environment variable TORCH_NCCL_ASYNC_ERROR_HANDLING should be 0, as
     `spawn` sets it: otherwise torch ends the process where this class ends the group and raises.
@@ -90,22 +93,26 @@ class Ranks:
         self.backend = dist.get_backend(self.group)
         if wanted not in self.backend:
             raise ValueError(f"group: its backend is {self.backend}; an engine on {self.device} needs {wanted}")
+        self.lost = False
 
     def __repr__(self) -> str:
         return f"group {getattr(self.group, 'group_name', '')} ({self.backend}), rank {self.rank} of {self.size}"
 
-    def _lost(self, what: object) -> RuntimeError:
+    def _loss(self, what: object) -> RuntimeError:
+        self.lost = True
         return RuntimeError(f"{self!r}: another rank is lost, or took longer than {self.timeout:g} s: {what}")
 
     def _meet(self, collective: Callable[..., Any], x: torch.Tensor, **options: Any) -> torch.Tensor:
         """A collective operation on ``x``, in place; what it says of a lost rank as an error that names the group."""
+        if self.lost:
+            raise self._loss("since an earlier call")
         try:
             if self.device.type == "cuda":  # on the current stream, so that it may be captured; see `waiting`
                 collective(x, group=self.group, **options)
             else:
                 collective(x, group=self.group, async_op=True, **options).wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self._loss(error) from error
         return x
 
     def largest(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,12 +162,12 @@ class Ranks:
             torch.cuda.current_stream(self.device).synchronize()
         except RuntimeError as error:
             if ended.is_set():
-                raise self._lost(error) from error
+                raise self._loss(error) from error
             raise
         finally:
             timer.cancel()
         if ended.is_set():
-            raise self._lost("the group was ended")
+            raise self._loss("the group was ended")
 
 
 # -- slices ---------------------------------------------------------------------------------------------------------------
@@ -340,21 +347,32 @@ class ParallelEngine(Engine):
         """See `Engine`."""
         return self.ranks.first(number)
 
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A call of all ranks. If one is lost, captured steps are given up: NCCL waits for them before it ends."""
+        try:
+            with self.ranks.waiting():
+                yield
+        except RuntimeError:
+            if self.ranks.lost:
+                self._steps.clear()
+            raise
+
     def prefill(self, prompts: Sequence[Sequence[int] | torch.Tensor]) -> tuple[list[int], torch.Tensor]:
         """See `Engine`."""
-        with self.ranks.waiting():
+        with self._together():
             return super().prefill(prompts)
 
     def decode(self, sequences: Sequence[int], tokens: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """See `Engine`."""
-        with self.ranks.waiting():
+        with self._together():
             return super().decode(sequences, tokens)
 
     def decode_greedy(
         self, sequences: Sequence[int], tokens: Sequence[int] | torch.Tensor, steps: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Engine`."""
-        with self.ranks.waiting():
+        with self._together():
             return super().decode_greedy(sequences, tokens, steps)
 
 
@@ -442,4 +460,5 @@ def _rank(
         if not on_gpu:  # NCCL would wait for the others
             dist.destroy_process_group()
         raise
+    gc.collect()  # captured steps, for which NCCL would wait
     dist.destroy_process_group()
