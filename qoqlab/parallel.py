@@ -417,30 +417,46 @@ def compile(
 
 
 def spawn(
-    work: Callable[..., None], ranks: int, arguments: Sequence[Any] = (), device: str = "cuda", timeout: float = 300.0
+    work: Callable[..., None],
+    ranks: int,
+    arguments: Sequence[Any] = (),
+    device: str = "cuda",
+    timeout: float = 300.0,
+    fork: bool = False,
 ) -> None:
     """Run ``work(ranks, *arguments)`` in so many new processes of this machine, with a `Ranks` each: on GPUs 0 to
     ``ranks - 1`` or, where ``device`` is "cpu", all on the CPU. ``work`` is a function of a module, and waits for nothing
-    but the others.
+    but the others. ``fork``: copies of this process, on the CPU only, which save themselves all imports; they compute with
+    one thread each, since this one's are not copied.
 
-    Raises ValueError where there are fewer GPUs, `torch.multiprocessing.ProcessExitedException` or
-    `torch.multiprocessing.ProcessRaisedException` (which are RuntimeErrors, with the trace of the first process that failed)
-    after ending the others.
+    Raises ValueError where there are fewer GPUs; `torch.multiprocessing.ProcessRaisedException` with the trace of the first
+    process that failed, or `torch.multiprocessing.ProcessExitedException`, after ending the others.
     """
     require_count("ranks", ranks, 1)
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device: expected cuda or cpu, got {device!r}")
+    if fork and device != "cpu":
+        raise ValueError("fork: CUDA does not work in a copied process; leave it out")
     if device == "cuda" and torch.cuda.device_count() < ranks:
         raise ValueError(f"ranks: {ranks} on {torch.cuda.device_count()} GPUs; each needs its own")
     with tempfile.TemporaryDirectory() as folder:
-        start = (work, ranks, Path(folder) / "store", tuple(arguments), device, timeout)
-        multiprocessing.spawn(_rank, start, ranks)
+        start = (work, ranks, Path(folder) / "store", tuple(arguments), device, timeout, fork)
+        multiprocessing.start_processes(_rank, start, ranks, start_method="fork" if fork else "spawn")
 
 
 def _rank(
-    number: int, work: Callable[..., None], ranks: int, store: Path, arguments: tuple, device: str, timeout: float
+    number: int,
+    work: Callable[..., None],
+    ranks: int,
+    store: Path,
+    arguments: tuple,
+    device: str,
+    timeout: float,
+    fork: bool,
 ) -> None:
     """A process of `spawn`."""
+    if fork:
+        torch.set_num_threads(1)
     on_gpu = device == "cuda"
     place = torch.device("cuda", number) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -100,7 +100,7 @@ def message(call: Any) -> list[Any]:
 
 def work(ranks: Ranks, folder: Path) -> None:
     """Everything in turn; answers go to ``folder/RANK.json``."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # whether it is a copy or not
     found: dict[str, Any] = {name: same_as_alone(ranks, name) for name in HERE}
     found["served"] = served(ranks)
     q, prompts = quantized("biases of q, k, v")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)  # where the processes find this package of tests
-        parallel.spawn(work, 2, (folder,), "cpu", timeout=60)
+        parallel.spawn(work, 2, (folder,), "cpu", timeout=60, fork=sys.platform == "linux")
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
@@ -98,6 +99,8 @@ def test_bad_arguments_are_named() -> None:
         Ranks("cpu")
     with pytest.raises(ValueError, match="ranks: expected a positive integer, got 0"):
         parallel.spawn(work, 0, device="cpu")
+    with pytest.raises(ValueError, match="fork: CUDA does not work in a copied process"):
+        parallel.spawn(work, 2, fork=True)
     with pytest.raises(ValueError, match="device: expected cuda or cpu, got 'tpu'"):
         parallel.spawn(work, 2, device="tpu")
     if torch.cuda.device_count() < 64:
