@@ -17,7 +17,7 @@ from torch import nn
 
 from . import attention
 from .architecture import Architecture, Block
-from .arithmetic import Ops, Projection, side_by_side
+from .arithmetic import Ops, Projection, Weight, side_by_side
 from .cached_attention import IDLE, Attention, Batch, HeadNorms, batch_of
 from .checks import require_count
 from .kv import Keys, KVFormat
@@ -99,18 +99,27 @@ def check(architecture: Architecture) -> KVFormat | None:
     return forms.pop()
 
 
-def layer_of(block: Block, ops: Ops, device: torch.device) -> Layer:
-    """A block's weights, fused and ready to run on ``device``."""
+#: What of a linear an engine holds: (role, weight, bias) -> (weight, bias). `parallel` cuts slices.
+Cut = Callable[[str, Weight, torch.Tensor | None], tuple[Weight, torch.Tensor | None]]
+
+
+def whole(role: str, weight: Weight, bias: torch.Tensor | None) -> tuple[Weight, torch.Tensor | None]:
+    """The `Cut` of an engine that is alone."""
+    return weight, bias
+
+
+def layer_of(block: Block, ops: Ops, device: torch.device, cut: Cut = whole) -> Layer:
+    """A block's weights, or what ``cut`` leaves of them, fused and ready to run on ``device``."""
 
     def fused(*roles: str) -> Projection:
-        linears: list[Any] = [block.linear(role) for role in roles]
-        joined = side_by_side([_to(linear.quantized, device) for linear in linears])
-        biases = [linear.bias for linear in linears]
+        linears: list[tuple[str, Any]] = [(role, block.linear(role)) for role in roles]
+        weights, biases = zip(*(cut(role, linear.quantized, linear.bias) for role, linear in linears), strict=True)
+        joined = side_by_side([_to(weight, device) for weight in weights])
         if all(bias is None for bias in biases):
             return ops.projection(joined, None)
         parts = [
-            torch.zeros(linear.out_features) if bias is None else bias.float()
-            for linear, bias in zip(linears, biases, strict=True)
+            torch.zeros(weight.shape[0]) if bias is None else bias.float()
+            for weight, bias in zip(weights, biases, strict=True)
         ]
         return ops.projection(joined, torch.cat([part.to(device) for part in parts]))
 
@@ -137,11 +146,11 @@ class Network:
     head_bias: torch.Tensor | None = None
 
 
-def network_of(architecture: Architecture, ops: Ops, device: torch.device) -> Network:
-    """A model's weights, fused and ready to run."""
+def network_of(architecture: Architecture, ops: Ops, device: torch.device, cut: Cut = whole) -> Network:
+    """A model's weights, or what ``cut`` leaves of its layers, fused and ready to run."""
     embedding, head = architecture.embedding.weight.detach().to(device, ops.dtype), architecture.head
     return Network(
-        [layer_of(block, ops, device) for block in architecture.blocks],
+        [layer_of(block, ops, device, cut) for block in architecture.blocks],
         embedding,
         gain(architecture.final_norm, ops.dtype, device),
         float(architecture.final_norm.variance_epsilon),  # type: ignore[arg-type]
@@ -195,7 +204,8 @@ class Step:
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # what other threads do, such as the one that watches over NCCL, is no part of the capture and may go on
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = compute(self.ids, batch)
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -241,6 +251,10 @@ class Engine:
         """Number of tokens."""
         return self.network.embedding.shape[0]
 
+    def agreed(self, number: float) -> float:
+        """A number that a clock decides, as all processes of an engine take it: itself; in `parallel` the first rank's."""
+        return number
+
     # -- the step ---------------------------------------------------------------------------------------------------------
 
     def _hidden(self, tokens: torch.Tensor, batch: Batch, prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,9 +264,9 @@ class Engine:
         y = residual = self.network.embedding[tokens]
         a = ops.norm(residual, layers[0].input_norm, eps)
         for i, layer in enumerate(layers):
-            y = ops.linear(attend(i, ops.linear(a, layer.qkv), batch, layer.window), layer.out)
+            y = ops.row_linear(attend(i, ops.linear(a, layer.qkv), batch, layer.window), layer.out)
             a, residual = ops.add_norm(y, residual, layer.mlp_norm, eps)
-            y = ops.linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
+            y = ops.row_linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
             if i + 1 < len(layers):
                 a, residual = ops.add_norm(y, residual, layers[i + 1].input_norm, eps)
         return y, residual

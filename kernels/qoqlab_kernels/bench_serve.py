@@ -10,12 +10,16 @@ QoQ rounds are served by `qoqlab.serve.server.Server`, from the first prompt to 
 ``overhead`` is the share of decoding during which the GPU does not run a step. fp16 is torch at its best: cuBLAS, the faster
 of its fused attentions, a static cache, and CUDA graphs made for a context; its round is put together from the measured time
 of a prefill and of steps at the first, the middle and the last context, without any work of a host. That is in its favour.
+
+``--tensor-parallel 2`` serves QoQ rounds on two GPUs of this machine that share every layer (`qoqlab.parallel`), with a
+process for each; tokens per second are those of all GPUs together, bytes those of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import multiprocessing
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 import qoqlab_kernels
-from qoqlab import prediction, progressive, roofline
+from qoqlab import parallel, prediction, progressive, roofline
 from qoqlab.affine import quantize_per_channel_u4
 from qoqlab.arithmetic import KernelOps, Projection
 from qoqlab.cached_attention import KernelAttention, Shape
@@ -44,6 +49,8 @@ MODULE = "qoqlab.serve.bench"
 PRECISIONS = {"w4a8kv4-g128": "W4A8KV4", "w4a8kv4": "W4A8KV4 per channel", "fp16": "fp16"}
 #: Tokens of prompts that a step takes in at most.
 PREFILL = 8192
+#: Seconds that a call on several GPUs may take, with kernels to compile.
+TIMEOUT = 600.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,16 @@ class Round:
     batch: int
     prompt: int
     output: int
+
+
+def slice_of(model: Geometry, ranks: int) -> Geometry:
+    """What one of several GPUs holds of a model. Raises ValueError where it cannot be cut."""
+    return replace(
+        model,
+        heads=parallel.share("heads", model.heads, ranks),
+        kv_heads=parallel.share("KV heads", model.kv_heads, ranks),
+        intermediate=parallel.share("intermediate", model.intermediate, ranks, GROUP),
+    )
 
 
 def random_network(model: Geometry, precision: str) -> Network:
@@ -74,13 +91,17 @@ def random_network(model: Geometry, precision: str) -> Network:
     return Network(layers, embedding, ones, EPS, head)
 
 
-def engine_of(model: Geometry, network: Network, job: Round) -> Engine:
-    """An engine with room for a round."""
+def engine_of(model: Geometry, network: Network, job: Round, ranks: parallel.Ranks | None = None) -> Engine:
+    """An engine with room for a round; with ``ranks`` this one's part, ``model`` and ``network`` being its slice."""
     tokens = job.prompt + job.output
     shape = Shape(model.layers, model.heads, model.kv_heads, model.head_dim, job.batch, tokens)
-    rotary = bench_decode._rotary(tokens, model.head_dim)
-    attend = KernelAttention(qoqlab_kernels, shape, rotary, [None] * model.layers)
-    return Engine(network, KernelOps(qoqlab_kernels, DTYPE), attend, (job.batch, tokens))
+    rotary, norms = bench_decode._rotary(tokens, model.head_dim), [None] * model.layers
+    if ranks is None:
+        attend = KernelAttention(qoqlab_kernels, shape, rotary, norms)
+        return Engine(network, KernelOps(qoqlab_kernels, DTYPE), attend, (job.batch, tokens))
+    sliced = parallel.SlicedKernelAttention(qoqlab_kernels, shape, rotary, norms, ranks)
+    ops = parallel.SlicedKernelOps(qoqlab_kernels, DTYPE, ranks)
+    return parallel.ParallelEngine(network, ops, sliced, (job.batch, tokens), ranks)
 
 
 class Timed:
@@ -191,12 +212,16 @@ def gpu_here() -> Gpu | None:
     return next((gpu for key, gpu in GPUS.items() if key in name), None)
 
 
-def batches_of(model: Geometry, precision: str, known: argparse.Namespace) -> tuple[int, ...]:
-    """Batches to measure, the largest that fits last. Raises `measure.Unavailable` where none fits."""
+def batches_of(
+    model: Geometry, precision: str, known: argparse.Namespace, ranks: parallel.Ranks | None = None
+) -> tuple[int, ...]:
+    """Batches to measure, the largest that fits (on the first of ``ranks``) last. Raises `measure.Unavailable` where none
+    fits."""
     device = torch.cuda.get_device_properties().total_memory
     budget = min(device, known.budget_gb * 1e9 if known.budget_gb else device)
     scheme = roofline.PRECISIONS[PRECISIONS[precision]]
     most = planner.largest_batch(model, scheme, budget, known.prompt + known.output, PREFILL)
+    most = most if ranks is None else int(ranks.first(most))
     if not most:
         raise measure.Unavailable(f"{model.name} in {precision} does not fit into {budget / 1e9:.0f} GB")
     wanted = (64, 256) if known.batches == "auto" else measure.numbers(known.batches, "--batches")
@@ -204,11 +229,13 @@ def batches_of(model: Geometry, precision: str, known: argparse.Namespace) -> tu
     return (*fitting, most) if known.batches == "auto" or len(fitting) < len(wanted) else tuple(fitting)
 
 
-def measured(model: Geometry, precision: str, known: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every batch in turn."""
-    scheme, gpu = roofline.PRECISIONS[PRECISIONS[precision]], gpu_here()
+def measured(
+    model: Geometry, precision: str, known: argparse.Namespace, ranks: parallel.Ranks | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every batch in turn. With ``ranks``, ``model`` is this one's slice; bounds are those of a single GPU only."""
+    scheme, gpu = roofline.PRECISIONS[PRECISIONS[precision]], gpu_here() if ranks is None else None
     network = None if precision == "fp16" else random_network(model, precision)
-    for batch in batches_of(model, precision, known):
+    for batch in batches_of(model, precision, known, ranks):
         job = Round(batch, known.prompt, known.output)
         gc.collect()  # the last engine and its captured steps refer to each other
         torch.cuda.empty_cache()
@@ -216,7 +243,7 @@ def measured(model: Geometry, precision: str, known: argparse.Namespace) -> Iter
         if network is None:
             times = fp16_round(model, job)
         else:
-            engine = engine_of(model, network, job)
+            engine = engine_of(model, network, job, ranks)
             times = serve_round(engine, job)
             del engine
             matmul._workspaces.clear()
@@ -231,6 +258,7 @@ def measured(model: Geometry, precision: str, known: argparse.Namespace) -> Iter
             "prompt": known.prompt,
             "output": known.output,
             "layers": model.layers,
+            "gpus": 1 if ranks is None else ranks.size,
             "budget_gb": known.budget_gb,
             "tokens_per_s": batch * known.output / times["seconds"],
             "predicted_tokens_per_s": prediction.throughput(model, serving, scheme, gpu, system) if gpu else None,
@@ -247,8 +275,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command."""
+def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Geometry]:
+    """The command's options, and the model, or what one GPU of several holds of it; ends the process for wrong ones."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Tokens per second that this GPU serves.")
     parser.add_argument("--model", default="llama-3-8b", choices=sorted(name.lower() for name in MODELS))
     parser.add_argument("--precision", default="w4a8kv4-g128,fp16", help=f"of {', '.join(PRECISIONS)}, by commas")
@@ -257,30 +285,66 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=512, help="new tokens of each request")
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share every layer")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
     known = parser.parse_args(list(arguments))
     try:
-        precisions = measure.choices(known.precision, "--precision", list(PRECISIONS))
+        known.precisions = measure.choices(known.precision, "--precision", list(PRECISIONS))
         if known.batches != "auto":
             measure.numbers(known.batches, "--batches")
     except ValueError as error:
         parser.error(str(error))
-    if min(known.prompt, known.output) < 1 or (known.layers or 1) < 1 or not (known.budget_gb or 1) > 0:
-        parser.error("--prompt, --output, --layers and --budget-gb are positive")
+    least = min(known.prompt, known.output, known.tensor_parallel, known.layers or 1)
+    if least < 1 or not (known.budget_gb or 1) > 0:
+        parser.error("--prompt, --output, --layers, --tensor-parallel and --budget-gb are positive")
+    if known.tensor_parallel > 1 and "fp16" in known.precisions:
+        parser.error("--tensor-parallel: fp16 is measured on one GPU only; pass --precision w4a8kv4-g128")
     model = next(model for name, model in MODELS.items() if name.lower() == known.model)
     if known.layers:
         model = replace(model, layers=known.layers)
-    command = measure.command_line(MODULE, list(arguments))
+    try:
+        return known, slice_of(model, known.tensor_parallel) if known.tensor_parallel > 1 else model
+    except ValueError as error:
+        parser.error(f"--tensor-parallel: {model.name}: {error}")
 
-    def work() -> None:
-        measure.require_gpu()
-        results: list[dict[str, Any]] = []
-        for precision in precisions:
-            for row in measured(model, precision, known):
-                results.append(row)
-                print(measure.table(COLUMNS, [[r.get(name) for name in COLUMNS] for r in results]) + "\n", flush=True)
-                if known.json:  # after every point: what is done is kept if time runs out
-                    measure.write_record(known.json, measure.record(command, known.commit, results))
 
-    return measure.guarded(MODULE, work)
+def work(arguments: Sequence[str], ranks: parallel.Ranks | None = None) -> None:
+    """Measure; of several ranks the first prints and records."""
+    measure.require_gpu()
+    known, model = options(arguments)
+    command, results = measure.command_line(MODULE, list(arguments)), []
+    for precision in known.precisions:
+        for row in measured(model, precision, known, ranks):
+            results.append(row)
+            if ranks is not None and ranks.rank:
+                continue
+            print(measure.table(COLUMNS, [[r.get(name) for name in COLUMNS] for r in results]) + "\n", flush=True)
+            if known.json:  # after every point: what is done is kept if time runs out
+                measure.write_record(known.json, measure.record(command, known.commit, results))
+
+
+def work_on_rank(ranks: parallel.Ranks, arguments: tuple[str, ...]) -> None:
+    """One process of several."""
+    torch.manual_seed(0)  # prompts, embedding and head are the same on all ranks
+    code = measure.guarded(MODULE, lambda: work(arguments, ranks))
+    if code:
+        sys.exit(code)
+
+
+def work_on_ranks(arguments: tuple[str, ...], count: int) -> None:
+    """A process for each of ``count`` GPUs."""
+    if torch.cuda.device_count() < count:
+        raise measure.Unavailable(f"--tensor-parallel {count}: there are {torch.cuda.device_count()} GPUs")
+    parallel.spawn(work_on_rank, count, (arguments,), timeout=TIMEOUT)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command."""
+    count = options(arguments)[0].tensor_parallel
+    if count == 1:
+        return measure.guarded(MODULE, lambda: work(arguments))
+    try:
+        return measure.guarded(MODULE, lambda: work_on_ranks(tuple(arguments), count))
+    except multiprocessing.ProcessExitedException as error:
+        return error.exit_code  # of a process that has said why

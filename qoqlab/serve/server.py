@@ -79,7 +79,8 @@ class Server:
         coming = sorted(requests, key=lambda r: r.arrival)
         found = []
         while coming or not self.idle:
-            while coming and coming[0].arrival <= self.now():
+            now = self.engine.agreed(self.now()) if coming else 0.0
+            while coming and coming[0].arrival <= now:
                 found.append(self.requests[self.submit(coming.pop(0))])
             if not self.step() and coming:
                 time.sleep(min(0.01, max(0.0, coming[0].arrival - self.now())))
