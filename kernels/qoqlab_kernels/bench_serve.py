@@ -7,9 +7,10 @@ random and made on the GPU. A *round* is ``batch`` requests that come at once; t
 time of the round, prompts included.
 
 QoQ rounds are served by `qoqlab.serve.server.Server`, from the first prompt to the last token, the host's work included;
-``overhead`` is the share of decoding during which the GPU does not run a step. fp16 is torch at its best: cuBLAS, the faster
-of its fused attentions, a static cache, and CUDA graphs made for a context; its round is put together from the measured time
-of a prefill and of steps at the first, the middle and the last context, without any work of a host. That is in its favour.
+``overhead`` is the share of decoding during which the GPU does not run a step. fp16, w8a8 and w4a16
+are `torch_model`: torch at its best, with a static cache of 16 bits and CUDA graphs made for a context; a round is put
+together from the measured time of a prefill and of steps at the first, the middle and the last context, without any work of
+a host. That is in their favour. So is that w8a8 may use FP8 where it is faster than INT8.
 
 ``--tensor-parallel 2`` serves QoQ rounds on two GPUs of this machine that share every layer (`qoqlab.parallel`), with a
 process for each; tokens per second are those of all GPUs together, bytes those of one.
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import multiprocessing
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 import qoqlab_kernels
 from qoqlab import parallel, prediction, progressive, roofline
@@ -41,12 +41,15 @@ from qoqlab.serve import planner
 from qoqlab.serve.requests import Finish, Request
 from qoqlab.serve.server import Server
 
-from . import bench_decode, matmul, measure
-from .bench_decode import DTYPE, EPS, GROUP
+from . import bench_decode, matmul, measure, torch_model
+from .bench_decode import DTYPE
+from .torch_model import EPS, GROUP
 
 MODULE = "qoqlab.serve.bench"
 #: Formats by the names of the command line: `roofline.PRECISIONS`.
-PRECISIONS = {"w4a8kv4-g128": "W4A8KV4", "w4a8kv4": "W4A8KV4 per channel", "fp16": "fp16"}
+PRECISIONS = {
+    "w4a8kv4-g128": "W4A8KV4", "w4a8kv4": "W4A8KV4 per channel", "fp16": "fp16", "w8a8": "W8A8", "w4a16": "W4A16",
+}  # fmt: skip
 #: Tokens of prompts that a step takes in at most.
 PREFILL = 8192
 #: Seconds that a call on several GPUs may take, with kernels to compile.
@@ -161,49 +164,20 @@ def serve_round(engine: Engine, job: Round) -> dict[str, Any]:
     }
 
 
-def fp16_prefill(model: Geometry, prompts: int, length: int, layers: int = 4) -> float:
-    """Seconds of a prefill in torch, from ``layers`` layers; head and embedding are left out."""
-    weights = [[bench_decode._weight(n, k) for n, k in model.shapes.values()] for _ in range(layers)]
-    ones = torch.ones(model.hidden, device="cuda", dtype=DTYPE)
-    cos, sin = (t.repeat(1, 2) for t in bench_decode._rotary(length, model.head_dim))
-    x0 = torch.randn(prompts, length, model.hidden, device="cuda", dtype=DTYPE)
-    sizes = [model.heads, model.kv_heads, model.kv_heads]
-
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        low, high = x.chunk(2, -1)
-        return x * cos + torch.cat([-high, low], -1) * sin
-
-    def run() -> torch.Tensor:
-        x = x0
-        for qkv, out, gate_up, down in weights:
-            h = linear(rms_norm(x, (model.hidden,), ones, EPS), qkv).unflatten(-1, (-1, model.head_dim)).transpose(1, 2)
-            q, k, v = h.split(sizes, 1)
-            seen = scaled_dot_product_attention(
-                turn(q), turn(k), v, is_causal=True, enable_gqa=model.heads != model.kv_heads
-            )
-            x = x + linear(seen.transpose(1, 2).flatten(2), out)
-            gate, up = linear(rms_norm(x, (model.hidden,), ones, EPS), gate_up).chunk(2, -1)
-            x = x + linear(silu(gate) * up, down)
-        return x
-
-    return bench_decode.replay_time(bench_decode.capture(run), 7) * 1e-6 * model.layers / layers
-
-
-def fp16_round(model: Geometry, job: Round) -> dict[str, Any]:
-    """A round of the fp16 baseline, from its parts."""
-    g = bench_decode.Geometry(
-        model.layers, model.hidden, model.intermediate, model.heads, model.kv_heads, model.head_dim, model.vocabulary
-    )
+def torch_round(model: Geometry, precision: str, job: Round) -> dict[str, Any]:
+    """A round of a baseline on torch's kernels, from its parts."""
     together = max(1, min(job.batch, PREFILL // job.prompt))
-    prefill = fp16_prefill(model, together, job.prompt) * job.batch / together
-    times = []
+    us, linears = torch_model.prefill_time(model, precision, together, job.prompt)
+    prefill, times, used = us * 1e-6 * job.batch / together, [], linears
     for context in (job.prompt + 1, job.prompt + job.output // 2, job.prompt + job.output):
         torch.cuda.empty_cache()  # of another context's cache
-        times.append(bench_decode.fp16_time(g, job.batch, context) * 1e-6)
+        us, used = torch_model.step_time(model, precision, job.batch, context)
+        times.append(us * 1e-6)
     first, middle, last = times
     decode = (job.output - 1) * (first + 4 * middle + last) / 6  # Simpson's rule; the first token comes with the prefill
     steps = {"step_first_s": first, "step_middle_s": middle, "step_last_s": last}
-    return {"seconds": prefill + decode, "prefill_s": prefill, "decode_s": decode, **steps}
+    products = {"prefill_linears": linears, "step_linears": used}
+    return {"seconds": prefill + decode, "prefill_s": prefill, "decode_s": decode, **steps, **products}
 
 
 def gpu_here() -> Gpu | None:
@@ -234,14 +208,14 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """Every batch in turn. With ``ranks``, ``model`` is this one's slice; bounds are those of a single GPU only."""
     scheme, gpu = roofline.PRECISIONS[PRECISIONS[precision]], gpu_here() if ranks is None else None
-    network = None if precision == "fp16" else random_network(model, precision)
+    network = None if precision in torch_model.PRODUCTS else random_network(model, precision)
     for batch in batches_of(model, precision, known, ranks):
         job = Round(batch, known.prompt, known.output)
         gc.collect()  # the last engine and its captured steps refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         if network is None:
-            times = fp16_round(model, job)
+            times = torch_round(model, precision, job)
         else:
             engine = engine_of(model, network, job, ranks)
             times = serve_round(engine, job)
@@ -249,7 +223,7 @@ def measured(
             matmul._workspaces.clear()
         planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL)
         serving = roofline.Serving(batch, known.prompt, known.output)
-        system = prediction.TORCH_FP16 if precision == "fp16" else prediction.OURS
+        system = prediction.TORCH_FP16 if network is None else prediction.OURS
         yield {
             "op": "serve",
             "model": model.name.lower(),
@@ -298,8 +272,9 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Geometry]:
     least = min(known.prompt, known.output, known.tensor_parallel, known.layers or 1)
     if least < 1 or not (known.budget_gb or 1) > 0:
         parser.error("--prompt, --output, --layers, --tensor-parallel and --budget-gb are positive")
-    if known.tensor_parallel > 1 and "fp16" in known.precisions:
-        parser.error("--tensor-parallel: fp16 is measured on one GPU only; pass --precision w4a8kv4-g128")
+    alone = [name for name in known.precisions if name in torch_model.PRODUCTS]
+    if known.tensor_parallel > 1 and alone:
+        parser.error(f"--tensor-parallel: {alone[0]} is measured on one GPU only; pass --precision w4a8kv4-g128")
     model = next(model for name, model in MODELS.items() if name.lower() == known.model)
     if known.layers:
         model = replace(model, layers=known.layers)
