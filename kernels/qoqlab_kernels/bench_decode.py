@@ -4,9 +4,9 @@
 
 The geometry is Llama-3-8B's; weights are random and made on the GPU. Both sides run as one CUDA graph: here the W4A8 GEMMs,
 the fused element-wise kernels and KV4 attention; there `torch_model`'s fp16: cuBLAS, `scaled_dot_product_attention` on a
-static cache, and torch.compile's fused kernels in between. ``gemm`` and ``attention`` are graphs of these kernels alone; ``bound`` is
-the least bytes of weights, head and cache over the bandwidth of a large copy, or the GEMMs' operations over the integer rate
-if longer.
+static cache, and torch.compile's fused kernels in between. ``gemm`` and ``attention`` are graphs of these kernels alone;
+``bound`` is the least bytes of weights, head and cache over the bandwidth of a large copy, or the GEMMs' operations over the
+integer rate if longer.
 """
 
 from __future__ import annotations

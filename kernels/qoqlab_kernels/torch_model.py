@@ -1,4 +1,4 @@
-"""A decoder of random weights on torch's own kernels, at several precisions: what an engine on these kernels is compared with.
+"""A decoder of random weights on torch's own kernels, at several precisions: what engines are compared with.
 
 As good as torch makes it. Products by cuBLAS, cuBLASLt or torch's 4-bit kernel, at every shape the fastest of those that a
 precision may use; attention by the faster of flash and cuDNN on a static 16-bit cache; everything in between (norms with the
@@ -192,11 +192,11 @@ class TorchModel:
     def _random(self, n: int, k: int) -> torch.Tensor:
         return torch.randn(n, k, device=self.device, dtype=torch.float16) / k**0.5
 
-    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin ``[positions, 1, D]``."""
+    def rotary(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin ``[end - first, 1, D]`` of positions."""
         dim = self.model.head_dim
         powers = torch.arange(0, dim, 2, device=self.device) / dim
-        angle = (positions.to(self.device)[:, None] * 500000.0**-powers).repeat(1, 2)[:, None]
+        angle = (torch.arange(first, end, device=self.device)[:, None] * 500000.0**-powers).repeat(1, 2)[:, None]
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
     def run(self, x: torch.Tensor, attend: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -213,7 +213,7 @@ class TorchModel:
     def prompts(self, x: torch.Tensor) -> torch.Tensor:
         """Prompts ``x [B, T, hidden]`` attend to themselves; what the final norm gives, ``[B T, hidden]``."""
         count, length = x.shape[:2]
-        cos, sin = (t[None] for t in self.rotary(torch.arange(length)))
+        cos, sin = (t[None] for t in self.rotary(0, length))
         grouped = self.model.heads != self.model.kv_heads
 
         def attend(_: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -224,9 +224,9 @@ class TorchModel:
         return self.run(x.flatten(0, 1), attend)
 
     def step(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-        """One more token ``x [B, hidden]`` for each of B sequences, the last one that ``cache [layers, 2, B, Hkv, T, D]`` has
-        room for; what the final norm gives."""
-        cos, sin = self.rotary(torch.tensor([cache.shape[-2] - 1]))
+        """One more token ``x [B, hidden]`` for each of B sequences, the last one that ``cache [layers, 2, B, Hkv, T, D]``
+        has room for; what the final norm gives."""
+        cos, sin = self.rotary(cache.shape[-2] - 1, cache.shape[-2])
         grouped = self.model.heads != self.model.kv_heads
 
         def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -259,8 +259,8 @@ def product_time(product: Product, n: int, k: int, tokens: int, copies: int = 3)
 
 
 def step_time(model: Geometry, precision: str, batch: int, context: int) -> tuple[float, list[str]]:
-    """(microseconds of a decode step, names of the products): embedding, all layers, head. ``context`` tokens a sequence, the
-    new one included. Raises `measure.Unavailable` where torch has no fused attention."""
+    """(microseconds of a decode step, names of the products): embedding, all layers, head. ``context`` tokens a sequence,
+    the new one included. Raises `measure.Unavailable` where torch has no fused attention."""
     products = choose(model, precision, batch)
     made = TorchModel(model, products, model.layers)
     embedding, head = (made._random(model.vocabulary, model.hidden).to(made.dtype) for _ in range(2))
@@ -271,17 +271,18 @@ def step_time(model: Geometry, precision: str, batch: int, context: int) -> tupl
     def step() -> torch.Tensor:
         return linear(made.step(embedding[ids], cache), head).float()
 
-    times = []
+    times, problem = [], ""
     for backend in FUSED:
         try:
             with sdpa_kernel(backend):
                 if not bool(step().isfinite().all()):
                     raise measure.WrongResult(f"{precision}: the step's logits are not finite")
                 times.append(measure.graph_time([step], replays=15))
-        except RuntimeError:  # not built in, or not for these shapes
+        except RuntimeError as error:  # not built in, or not for these shapes
+            problem = str(error).splitlines()[0]
             torch.cuda.synchronize()
     if not times:
-        raise measure.Unavailable("torch has no fused attention here to compare with")
+        raise measure.Unavailable(f"torch has no fused attention here to compare with: {problem}")
     return min(times), [product.name for product in products]
 
 
