@@ -12,6 +12,10 @@ are `torch_model`: torch at its best, with a static cache of 16 bits and CUDA gr
 together from the measured time of a prefill and of steps at the first, the middle and the last context, without any work of
 a host. That is in their favour. So is that w8a8 may use FP8 where it is faster than INT8.
 
+``--arrivals 8 --requests 200`` has so many requests arrive at random, 8 a second on average, with prompts and outputs of
+half the length to all of it, and records every request, step and prefill: what `data/benchmarks/replay.py` holds the
+simulator of `qoqlab.serve.fleet` against.
+
 ``--tensor-parallel 2`` serves QoQ rounds on two GPUs of this machine that share every layer (`qoqlab.parallel`), with a
 process for each; tokens per second are those of all GPUs together, bytes those of one.
 """
@@ -27,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import multiprocessing
 
@@ -35,7 +40,7 @@ from qoqlab import parallel, prediction, progressive, roofline
 from qoqlab.affine import quantize_per_channel_u4
 from qoqlab.arithmetic import KernelOps, Projection
 from qoqlab.cached_attention import KernelAttention, Shape
-from qoqlab.engine import Engine, Layer, Network
+from qoqlab.engine import Engine, Layer, Network, step_size
 from qoqlab.machines import GPUS, MODELS, Geometry, Gpu
 from qoqlab.serve import planner
 from qoqlab.serve.requests import Finish, Request
@@ -164,6 +169,44 @@ def serve_round(engine: Engine, job: Round) -> dict[str, Any]:
     }
 
 
+def arriving(job: Round, rate: float, count: int, vocabulary: int, seed: int = 0) -> list[Request]:
+    """Requests that arrive at random, ``rate`` a second on average, of half the round's lengths to all of them."""
+    random = np.random.default_rng(seed)
+    times = random.exponential(1 / rate, count).cumsum()
+    prompts, outputs = (random.integers(-(-most // 2), most + 1, count) for most in (job.prompt, job.output))
+    return [
+        Request(tuple(random.integers(vocabulary, size=prompt).tolist()), int(output), arrival=float(time))
+        for time, prompt, output in zip(times, prompts, outputs, strict=True)
+    ]
+
+
+def serve_arrivals(engine: Engine, job: Round, rate: float, count: int) -> dict[str, Any]:
+    """Requests through the server as they arrive. Raises `measure.WrongResult` where one did not get its tokens."""
+    for size in sorted({step_size(n) for n in range(1, job.batch + 1)}):  # compiles, and captures all steps
+        warm = Round(min(size, job.batch), min(job.prompt, 64), 3)
+        Server(engine, budget=PREFILL).run(requests_of(warm, engine.vocabulary))
+    requests = arriving(job, rate, count, engine.vocabulary)
+    server = Server(engine, budget=PREFILL)
+    done = server.run(requests)
+    if any(p.finish is not Finish.LENGTH for p in done):
+        raise measure.WrongResult(f"requests ended as {sorted({str(p.finish) + p.error for p in done})}")
+    table = server.record()
+    steps = [
+        {"batch": s["batch"], "cached": s["cached"], "seconds": (s["decode_s"] + s["other_s"]) / s["repeat"]}
+        for s in server.steps
+        if s["batch"] and not s["prompts"]
+    ]
+    prefills = [{"prompts": s["prompts"], "seconds": s["prefill_s"]} for s in server.steps if s["prompts"]]
+    return {
+        "sequences": job.batch,
+        "tokens": engine.pages * planner.PAGE,
+        "seconds": float(table["finish"].max()),
+        "requests": table.drop(columns=["reason", "preemptions"]).to_dict("records"),
+        "steps": steps,
+        "prefills": prefills,
+    }
+
+
 def torch_round(model: Geometry, precision: str, job: Round) -> dict[str, Any]:
     """A round of a baseline on torch's kernels, from its parts."""
     together = max(1, min(job.batch, PREFILL // job.prompt))
@@ -214,6 +257,22 @@ def measured(
         gc.collect()  # the last engine and its captured steps refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        if known.arrivals:
+            assert network is not None  # options has seen to it
+            engine = engine_of(model, network, job)
+            served = serve_arrivals(engine, job, known.arrivals, known.requests)
+            yield {
+                "op": "serve_arrivals",
+                "model": model.name.lower(),
+                "precision": precision,
+                "batch": batch,
+                "prompt": known.prompt,
+                "output": known.output,
+                "rate": known.arrivals,
+                "tokens_per_s": sum(r["output"] for r in served["requests"]) / served["seconds"],
+                **served,
+            }
+            continue
         if network is None:
             times = torch_round(model, precision, job)
         else:
@@ -260,6 +319,8 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Geometry]:
     parser.add_argument("--output", type=int, default=512, help="new tokens of each request")
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share every layer")
+    parser.add_argument("--arrivals", type=float, help="requests that arrive a second, at random, instead of all at once")
+    parser.add_argument("--requests", type=int, default=200, help="with --arrivals: how many")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
     known = parser.parse_args(list(arguments))
@@ -272,6 +333,10 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Geometry]:
     least = min(known.prompt, known.output, known.tensor_parallel, known.layers or 1)
     if least < 1 or not (known.budget_gb or 1) > 0:
         parser.error("--prompt, --output, --layers, --tensor-parallel and --budget-gb are positive")
+    if known.arrivals is not None and not (known.arrivals > 0 and known.requests > 0):
+        parser.error("--arrivals and --requests are positive")
+    if known.arrivals and (known.tensor_parallel > 1 or any(name in torch_model.PRODUCTS for name in known.precisions)):
+        parser.error("--arrivals: for W4A8KV4 on one GPU")
     alone = [name for name in known.precisions if name in torch_model.PRODUCTS]
     if known.tensor_parallel > 1 and alone:
         parser.error(f"--tensor-parallel: {alone[0]} is measured on one GPU only; pass --precision w4a8kv4-g128")
