@@ -148,7 +148,7 @@ def measured(
         del engine, step
         matmul._workspaces.clear()
         torch.cuda.empty_cache()
-        fp16 = torch_model.step_time(g, "fp16", batch, context)[0] if peers else None
+        fp16 = torch_model.step_time(g, "fp16", batch, context).us if peers else None
         torch.cuda.empty_cache()
         bound = bound_us(g, batch, context, ceilings)
         yield {

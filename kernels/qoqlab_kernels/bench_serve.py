@@ -7,10 +7,13 @@ random and made on the GPU. A *round* is ``batch`` requests that come at once; t
 time of the round, prompts included.
 
 QoQ rounds are served by `qoqlab.serve.server.Server`, from the first prompt to the last token, the host's work included;
-``overhead`` is the share of decoding during which the GPU does not run a step. fp16, w8a8 and w4a16
-are `torch_model`: torch at its best, with a static cache of 16 bits and CUDA graphs made for a context; a round is put
-together from the measured time of a prefill and of steps at the first, the middle and the last context, without any work of
-a host. That is in their favour. So is that w8a8 may use FP8 where it is faster than INT8.
+``overhead`` is the share of decoding during which the GPU does not run a step. fp16, w8a8, w8a8kv8 and w4a16 are
+`torch_model`: torch at its best, with a static cache and CUDA graphs made for a context; a round is put together from the
+measured time of a prefill and of steps at the first, the middle and the last context, without any work of a host. That is
+in their favour. So is that 8-bit products may use FP8 where it is faster than INT8. Caches are of 16 bits, that of w8a8kv8
+of 8: fp8 through FlexAttention, or our pages, whichever is faster (`torch_caches`); the record names it.
+
+Several models and precisions may be named; what does not fit is left out with a line that says so.
 
 ``--arrivals 8 --requests 200`` has so many requests arrive at random, 8 a second on average, with prompts and outputs of
 half the length to all of it, and records every request, step and prefill: what `data/benchmarks/replay.py` holds the
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -53,8 +57,13 @@ from .torch_model import EPS, GROUP
 MODULE = "qoqlab.serve.bench"
 #: Formats by the names of the command line: `roofline.PRECISIONS`.
 PRECISIONS = {
-    "w4a8kv4-g128": "W4A8KV4", "w4a8kv4": "W4A8KV4 per channel", "fp16": "fp16", "w8a8": "W8A8", "w4a16": "W4A16",
-}  # fmt: skip
+    "w4a8kv4-g128": "W4A8KV4",
+    "w4a8kv4": "W4A8KV4 per channel",
+    "fp16": "fp16",
+    "w8a8": "W8A8",
+    "w8a8kv8": "W8A8KV8",
+    "w4a16": "W4A16",
+}
 #: Tokens of prompts that a step takes in at most.
 PREFILL = 8192
 #: Seconds that a call on several GPUs may take, with kernels to compile.
@@ -90,10 +99,12 @@ def random_network(model: Geometry, precision: str) -> Network:
         )
 
     made = [packed(*shape) for shape in model.shapes.values()]
+    bias = torch_model.random_bias(model) if model.qkv_bias else None
     ones, layers = torch.ones(model.hidden, device="cuda", dtype=DTYPE), []
-    for _ in range(model.layers):
-        own = [Projection(replace(w, units=w.units.clone()), None) for w in made]
-        layers.append(Layer(own[0], own[1], own[2], own[3], ones, ones, None))
+    for i in range(model.layers):
+        own = made if i == 0 else [replace(w, units=w.units.clone()) for w in made]
+        qkv, out, gate_up, down = (Projection(w, None) for w in own)
+        layers.append(Layer(replace(qkv, bias=bias), out, gate_up, down, ones, ones, model.window))
     torch.cuda.synchronize()  # kernels fetch weights before they wait for the one that wrote them
     embedding, head = (bench_decode._weight(model.vocabulary, model.hidden) for _ in range(2))
     return Network(layers, embedding, ones, EPS, head)
@@ -210,17 +221,26 @@ def serve_arrivals(engine: Engine, job: Round, rate: float, count: int) -> dict[
 def torch_round(model: Geometry, precision: str, job: Round) -> dict[str, Any]:
     """A round of a baseline on torch's kernels, from its parts."""
     together = max(1, min(job.batch, PREFILL // job.prompt))
-    us, linears = torch_model.prefill_time(model, precision, together, job.prompt)
-    prefill, times, used = us * 1e-6 * job.batch / together, [], linears
+    start = torch_model.prefill_time(model, precision, together, job.prompt)
+    prefill, steps = start.us * 1e-6 * job.batch / together, []
     for context in (job.prompt + 1, job.prompt + job.output // 2, job.prompt + job.output):
         torch.cuda.empty_cache()  # of another context's cache
-        us, used = torch_model.step_time(model, precision, job.batch, context)
-        times.append(us * 1e-6)
-    first, middle, last = times
+        steps.append(torch_model.step_time(model, precision, job.batch, context))
+    first, middle, last = (step.us * 1e-6 for step in steps)
     decode = (job.output - 1) * (first + 4 * middle + last) / 6  # Simpson's rule; the first token comes with the prefill
-    steps = {"step_first_s": first, "step_middle_s": middle, "step_last_s": last}
-    products = {"prefill_linears": linears, "step_linears": used}
-    return {"seconds": prefill + decode, "prefill_s": prefill, "decode_s": decode, **steps, **products}
+    return {
+        "seconds": prefill + decode,
+        "prefill_s": prefill,
+        "decode_s": decode,
+        "step_first_s": first,
+        "step_middle_s": middle,
+        "step_last_s": last,
+        "prefill_linears": start.products,
+        "step_linears": steps[-1].products,
+        "prefill_attention": start.attention,
+        "step_attention": [step.attention for step in steps],
+        "refused": start.refused | steps[-1].refused,
+    }
 
 
 def gpu_here() -> Gpu | None:
@@ -246,16 +266,24 @@ def batches_of(
     return (*fitting, most) if known.batches == "auto" or len(fitting) < len(wanted) else tuple(fitting)
 
 
+def forget() -> None:
+    """Give memory back: the last engine and its captured steps refer to each other."""
+    matmul._workspaces.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def measured(
     model: Geometry, precision: str, known: argparse.Namespace, ranks: parallel.Ranks | None = None
 ) -> Iterator[dict[str, Any]]:
     """Every batch in turn. With ``ranks``, ``model`` is this one's slice; bounds are those of a single GPU only."""
     scheme, gpu = roofline.PRECISIONS[PRECISIONS[precision]], gpu_here() if ranks is None else None
+    batches = batches_of(model, precision, known, ranks)
+    forget()
     network = None if precision in torch_model.PRODUCTS else random_network(model, precision)
-    for batch in batches_of(model, precision, known, ranks):
+    for batch in batches:
         job = Round(batch, known.prompt, known.output)
-        gc.collect()  # the last engine and its captured steps refer to each other
-        torch.cuda.empty_cache()
+        forget()
         torch.cuda.reset_peak_memory_stats()
         if known.arrivals:
             assert network is not None  # options has seen to it
@@ -279,7 +307,6 @@ def measured(
             engine = engine_of(model, network, job, ranks)
             times = serve_round(engine, job)
             del engine
-            matmul._workspaces.clear()
         planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL)
         serving = roofline.Serving(batch, known.prompt, known.output)
         system = prediction.TORCH_FP16 if network is None else prediction.OURS
@@ -308,10 +335,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Geometry]:
-    """The command's options, and the model, or what one GPU of several holds of it; ends the process for wrong ones."""
+def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Geometry]]:
+    """The command's options, and the models, or what one GPU of several holds of them; ends the process for wrong ones."""
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Tokens per second that this GPU serves.")
-    parser.add_argument("--model", default="llama-3-8b", choices=sorted(name.lower() for name in MODELS))
+    names = {name.lower(): model for name, model in MODELS.items()}
+    parser.add_argument("--model", default="llama-3-8b", help=f"of {', '.join(names)}, by commas")
     parser.add_argument("--precision", default="w4a8kv4-g128,fp16", help=f"of {', '.join(PRECISIONS)}, by commas")
     parser.add_argument("--batches", default="auto", help="numbers by commas; auto: 64, 256 and the largest that fits")
     parser.add_argument("--budget-gb", type=float, help="memory to use, to stand for a smaller card")
@@ -325,6 +353,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Geometry]:
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
     known = parser.parse_args(list(arguments))
     try:
+        models = [names[name] for name in measure.choices(known.model, "--model", list(names))]
         known.precisions = measure.choices(known.precision, "--precision", list(PRECISIONS))
         if known.batches != "auto":
             measure.numbers(known.batches, "--batches")
@@ -340,28 +369,39 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Geometry]:
     alone = [name for name in known.precisions if name in torch_model.PRODUCTS]
     if known.tensor_parallel > 1 and alone:
         parser.error(f"--tensor-parallel: {alone[0]} is measured on one GPU only; pass --precision w4a8kv4-g128")
-    model = next(model for name, model in MODELS.items() if name.lower() == known.model)
     if known.layers:
-        model = replace(model, layers=known.layers)
+        models = [replace(model, layers=known.layers) for model in models]
     try:
-        return known, slice_of(model, known.tensor_parallel) if known.tensor_parallel > 1 else model
+        return known, [slice_of(model, known.tensor_parallel) if known.tensor_parallel > 1 else model for model in models]
     except ValueError as error:
-        parser.error(f"--tensor-parallel: {model.name}: {error}")
+        parser.error(f"--tensor-parallel: {known.model}: {error}")
 
 
 def work(arguments: Sequence[str], ranks: parallel.Ranks | None = None) -> None:
-    """Measure; of several ranks the first prints and records."""
+    """Measure; of several ranks the first prints and records. What one GPU cannot do is left out with a line; raises
+    `measure.Unavailable` if nothing is left."""
     measure.require_gpu()
-    known, model = options(arguments)
-    command, results = measure.command_line(MODULE, list(arguments)), []
-    for precision in known.precisions:
-        for row in measured(model, precision, known, ranks):
-            results.append(row)
-            if ranks is not None and ranks.rank:
-                continue
-            print(measure.table(COLUMNS, [[r.get(name) for name in COLUMNS] for r in results]) + "\n", flush=True)
-            if known.json:  # after every point: what is done is kept if time runs out
-                measure.write_record(known.json, measure.record(command, known.commit, results))
+    known, models = options(arguments)
+    command, first = measure.command_line(MODULE, list(arguments)), ranks is None or not ranks.rank
+    results: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for model, precision in itertools.product(models, known.precisions):
+        try:
+            for row in measured(model, precision, known, ranks):
+                results.append(row)
+                if not first:
+                    continue
+                print(measure.table(COLUMNS, [[r.get(name) for name in COLUMNS] for r in results]) + "\n", flush=True)
+                if known.json:  # after every point: what is done is kept if time runs out
+                    measure.write_record(known.json, measure.record(command, known.commit, results))
+        except (measure.Unavailable, torch.cuda.OutOfMemoryError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError) and ranks is not None:
+                raise  # the other ranks would wait
+            problems.append(f"{model.name} in {precision} left out: {str(error).splitlines()[0]}")
+            if first:
+                print(problems[-1], flush=True)
+    if not results:
+        raise measure.Unavailable("; ".join(problems))
 
 
 def work_on_rank(ranks: parallel.Ranks, arguments: tuple[str, ...]) -> None:

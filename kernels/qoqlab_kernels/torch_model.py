@@ -1,16 +1,18 @@
 """A decoder of random weights on torch's own kernels, at several precisions: what engines are compared with.
 
 As good as torch makes it. Products by cuBLAS, cuBLASLt or torch's 4-bit kernel, at every shape the fastest of those that a
-precision may use; attention by the faster of flash and cuDNN on a static 16-bit cache; everything in between (norms with the
-residual, SiLU, RoPE, quantisation of activations) fused by torch.compile; and the whole as one CUDA graph.
+precision may use; attention by the faster of flash and cuDNN on a static 16-bit cache, or by the faster of `torch_caches` on
+one of 8 bits; everything in between (norms with the residual, SiLU, RoPE, quantisation of activations) fused by
+torch.compile; and the whole as one CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,13 +20,19 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 from qoqlab.machines import Geometry
 
-from . import measure
+from . import measure, torch_caches
+from .torch_caches import Attend, Look, Sizes
 
 EPS, GROUP = 1e-5, 128
 #: Largest finite number of FP8 (e4m3), and of INT8.
 FP8_MAX, INT8_MAX = 448.0, 127.0
-FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+FUSED = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+#: Shapes that a function may be compiled for.
+SHAPES = 64
+#: Layers that a prefill is measured with.
+PREFILL_LAYERS = 4
 Parts = tuple[torch.Tensor, ...]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,9 @@ W4A16 = (
 )  # fmt: skip
 
 #: Products that a precision may choose from.
-PRODUCTS: dict[str, Sequence[Product]] = {"fp16": (FP16,), "w8a8": W8A8, "w4a16": W4A16}
+PRODUCTS: dict[str, Sequence[Product]] = {"fp16": (FP16,), "w8a8": W8A8, "w8a8kv8": W8A8, "w4a16": W4A16}
+#: Precisions whose cache has 8 bits.
+NARROW = ("w8a8kv8",)
 
 
 # -- what lies between ----------------------------------------------------------------------------------------------------
@@ -155,17 +165,33 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
     return x * cos + torch.cat([-high, low], -1) * sin
 
 
-def _heads(sizes: tuple[int, ...], dim: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Parts:
-    """Turned queries, turned keys, values ``[..., heads, D]`` of ``qkv [..., (Hq + 2 Hkv) D]``; cos, sin ``[..., 1, D]``."""
+def _heads(
+    sizes: tuple[int, ...],
+    dim: int,
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> Parts:
+    """Turned queries, turned keys, values ``[..., heads, D]`` of ``qkv [..., (Hq + 2 Hkv) D]`` and its bias, if it has one;
+    cos, sin ``[..., 1, D]``."""
+    if bias is not None:
+        qkv = qkv + bias
     q, k, v = qkv.unflatten(-1, (-1, dim)).split(list(sizes), -2)
     return _turn(q, cos, sin), _turn(k, cos, sin), v
 
 
 def _heads_to_cache(
-    sizes: tuple[int, ...], dim: int, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *cache: torch.Tensor
+    sizes: tuple[int, ...],
+    dim: int,
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *cache: torch.Tensor,
 ) -> torch.Tensor:
     """`_heads`, keys and values into their places of the cache; turned queries."""
-    q, k, v = _heads(sizes, dim, qkv, cos, sin)
+    q, k, v = _heads(sizes, dim, qkv, bias, cos, sin)
     cache[0].copy_(k)
     cache[1].copy_(v)
     return q
@@ -175,12 +201,13 @@ def _heads_to_cache(
 
 
 class TorchModel:
-    """``layers`` layers of a geometry, with a product for each of the four linears."""
+    """``layers`` layers of a geometry, with a product for each of the four linears: one layer, copied to other places."""
 
     def __init__(self, model: Geometry, products: Sequence[Product], layers: int, device: str = "cuda") -> None:
         self.model, self.products, self.dtype, self.device = model, products, products[0].dtype, device
         made = [p.weight(self._random(n, k)) for p, (n, k) in zip(products, model.shapes.values(), strict=True)]
-        self.weights = [[tuple(part.clone() for part in w) for w in made] for _ in range(layers)]
+        self.weights = [made, *([tuple(part.clone() for part in w) for w in made] for _ in range(layers - 1))]
+        self.bias = random_bias(model, device).to(self.dtype) if model.qkv_bias else None
         self.gain = torch.ones(model.hidden, device=device, dtype=self.dtype)
         sizes = (model.heads, model.kv_heads, model.kv_heads)
         self.norms = [fused(_add_norm, products[i].prepare) for i in (0, 2)]
@@ -217,32 +244,45 @@ class TorchModel:
         grouped = self.model.heads != self.model.kv_heads
 
         def attend(_: int, qkv: torch.Tensor) -> torch.Tensor:
-            q, k, v = (t.transpose(1, 2) for t in self.heads(qkv.view(count, length, -1), cos, sin))
+            q, k, v = (t.transpose(1, 2) for t in self.heads(qkv.view(count, length, -1), self.bias, cos, sin))
             seen = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
             return seen.transpose(1, 2).reshape(count * length, -1)
 
         return self.run(x.flatten(0, 1), attend)
 
-    def step(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    def step(self, x: torch.Tensor, cache: torch.Tensor, look: Look | None = None) -> torch.Tensor:
         """One more token ``x [B, hidden]`` for each of B sequences, the last one that ``cache [layers, 2, B, Hkv, T, D]``
-        has room for; what the final norm gives."""
+        has room for; what the final norm gives. ``look``: attention, by default torch's fused one."""
         cos, sin = self.rotary(cache.shape[-2] - 1, cache.shape[-2])
         grouped = self.model.heads != self.model.kv_heads
 
         def attend(i: int, qkv: torch.Tensor) -> torch.Tensor:
             keys, values = cache[i]
-            query = self.heads_to_cache(qkv, cos, sin, keys[:, :, -1], values[:, :, -1])
+            query = self.heads_to_cache(qkv, self.bias, cos, sin, keys[:, :, -1], values[:, :, -1])
+            if look is not None:
+                return look(query, keys, values)
             return scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=grouped).flatten(1)
 
         return self.run(x, attend)
 
+    def step_by(self, x: torch.Tensor, position: int, attend: Attend) -> torch.Tensor:
+        """`step` of tokens at a position, with a cache that only ``attend`` knows."""
+        cos, sin = self.rotary(position, position + 1)
+        return self.run(x, lambda i, qkv: attend(i, *self.heads(qkv, self.bias, cos, sin)))
 
-def choose(model: Geometry, precision: str, tokens: int) -> list[Product]:
+
+def random_bias(model: Geometry, device: str = "cuda") -> torch.Tensor:
+    """fp32, for queries, keys and values; none of it is zero."""
+    return torch.rand(model.shapes["qkv"][0], device=device) / 10 + 0.01
+
+
+@functools.cache
+def choose(model: Geometry, precision: str, tokens: int) -> tuple[Product, ...]:
     """The fastest product of a precision for each of the four linears, measured where there is a choice."""
     allowed = [p for p in PRODUCTS[precision] if p.batches[0] <= tokens <= p.batches[1]]
     if len(allowed) == 1:
-        return allowed * len(model.shapes)
-    return [min(allowed, key=lambda p: product_time(p, n, k, tokens)) for n, k in model.shapes.values()]
+        return (allowed[0],) * len(model.shapes)
+    return tuple(min(allowed, key=lambda p: product_time(p, n, k, tokens)) for n, k in model.shapes.values())
 
 
 def product_time(product: Product, n: int, k: int, tokens: int, copies: int = 3) -> float:
@@ -258,38 +298,116 @@ def product_time(product: Product, n: int, k: int, tokens: int, copies: int = 3)
     return measure.graph_time([partial(lambda s: product.multiply(prepare(x), s), s) for s in weights], replays=5)
 
 
-def step_time(model: Geometry, precision: str, batch: int, context: int) -> tuple[float, list[str]]:
-    """(microseconds of a decode step, names of the products): embedding, all layers, head. ``context`` tokens a sequence,
-    the new one included. Raises `measure.Unavailable` where torch has no fused attention."""
+# -- times ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds, of which products, with which attention; why other attentions did not run."""
+
+    us: float
+    products: list[str]
+    attention: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def fastest(ways: dict[str, Callable[[], torch.Tensor]], products: Sequence[Product], replays: int) -> Time:
+    """The fastest of several ways to the same, as graphs. Raises `measure.Unavailable` where none runs,
+    `measure.WrongResult` where a result is not finite."""
+    times: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name, way in ways.items():
+        try:
+            if not bool(way().isfinite().all()):
+                raise measure.WrongResult(f"{name}: results are not finite")
+            times[name] = measure.graph_time([way], replays=replays)
+        except (RuntimeError, ValueError, NotImplementedError) as error:  # not built in, not for these shapes, no memory
+            refused[name] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+            torch.cuda.synchronize()
+    if not times:
+        raise measure.Unavailable(f"torch has no attention here to compare with: {refused}")
+    best = min(times, key=times.__getitem__)
+    return Time(times[best], [product.name for product in products], best, refused)
+
+
+def by_backend(compute: Callable[[], torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
+    """What a function computes with each of torch's fused attentions."""
+
+    def by(backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return compute()
+
+    return {name: partial(by, backend) for name, backend in FUSED.items()}
+
+
+def many_shapes(function: F) -> F:
+    """The function, in which torch may compile for more shapes than the few after which it would silently give up."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
+            return function(*arguments, **options)
+
+    return run  # type: ignore[return-value]
+
+
+@many_shapes
+def step_time(model: Geometry, precision: str, batch: int, context: int) -> Time:
+    """Of a decode step: embedding, all layers, head. ``context`` tokens a sequence, the new one included; no more than the
+    model's window are kept. Raises `measure.Unavailable` where no attention runs."""
     products = choose(model, precision, batch)
     made = TorchModel(model, products, model.layers)
     embedding, head = (made._random(model.vocabulary, model.hidden).to(made.dtype) for _ in range(2))
-    shape = (model.layers, 2, batch, model.kv_heads, context, model.head_dim)
-    cache = torch.empty(shape, device="cuda", dtype=made.dtype).normal_()
     ids = torch.randint(model.vocabulary, (batch,), device="cuda")
+    sizes = Sizes(batch, context if model.window is None else min(context, model.window))
 
-    def step() -> torch.Tensor:
-        return linear(made.step(embedding[ids], cache), head).float()
+    def whole(step: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return linear(step(embedding[ids]), head).float()
 
-    times, problem = [], ""
-    for backend in FUSED:
+    if precision not in NARROW:
+        shape = (model.layers, 2, batch, model.kv_heads, sizes.context, model.head_dim)
+        cache = torch.empty(shape, device="cuda", dtype=made.dtype).normal_()
+        return fastest(by_backend(lambda: whole(partial(made.step, cache=cache))), products, 15)
+    found: list[Time] = []
+    refused: dict[str, str] = {}
+    for name, way in narrow_steps(made, sizes):
         try:
-            with sdpa_kernel(backend):
-                if not bool(step().isfinite().all()):
-                    raise measure.WrongResult(f"{precision}: the step's logits are not finite")
-                times.append(measure.graph_time([step], replays=15))
-        except RuntimeError as error:  # not built in, or not for these shapes
-            problem = str(error).splitlines()[0]
-            torch.cuda.synchronize()
-    if not times:
-        raise measure.Unavailable(f"torch has no fused attention here to compare with: {problem}")
-    return min(times), [product.name for product in products]
+            found.append(fastest({name: partial(whole, way())}, products, 15))
+        except (measure.Unavailable, RuntimeError, ValueError, NotImplementedError) as error:
+            refused[name] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+        torch.cuda.empty_cache()  # of this cache
+    if not found:
+        raise measure.Unavailable(f"no attention to a cache of 8 bits runs here: {refused}")
+    return replace(min(found, key=lambda time: time.us), refused=refused)
 
 
-def prefill_time(model: Geometry, precision: str, prompts: int, length: int, layers: int = 4) -> tuple[float, list[str]]:
-    """(microseconds of a prefill, names of the products), from ``layers`` layers; embedding and head are left out."""
+def narrow_steps(
+    made: TorchModel, sizes: Sizes
+) -> Iterator[tuple[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]]]:
+    """Names of ways to keep 8 bits, and what makes such a cache and gives a step with it."""
+    model = made.model
+
+    def fp8() -> Callable[[torch.Tensor], torch.Tensor]:
+        options = torch_caches.flex_options(model.heads, model.kv_heads, model.head_dim, Sizes(sizes.batch, 1024))
+        return partial(made.step, cache=torch_caches.fp8_cache(model, sizes), look=torch_caches.flex(options))
+
+    def pages() -> Callable[[torch.Tensor], torch.Tensor]:
+        attend = torch_caches.paged(torch_caches.paged_cache(model, sizes), fused(torch_caches.to_u8))
+        return partial(made.step_by, position=sizes.context - 1, attend=attend)
+
+    yield "fp8 cache, FlexAttention", fp8
+    yield "our pages of 8 bits, kernel v2 (the slow one)", pages
+
+
+@many_shapes
+def prefill_time(model: Geometry, precision: str, prompts: int, length: int, layers: int = PREFILL_LAYERS) -> Time:
+    """Of a prefill, from ``layers`` layers; embedding and head are left out. Raises `measure.Unavailable` for prompts that
+    are longer than the model's window."""
+    if model.window is not None and length > model.window:
+        raise measure.Unavailable(f"prompt: {length} tokens are more than the window of {model.window} of {model.name}")
+    layers = min(layers, model.layers)
     products = choose(model, precision, prompts * length)
     made = TorchModel(model, products, layers)
     x = torch.randn(prompts, length, model.hidden, device="cuda").to(made.dtype)
-    us = measure.graph_time([lambda: made.prompts(x)], replays=7)
-    return us * model.layers / layers, [product.name for product in products]
+    time = fastest(by_backend(lambda: made.prompts(x)), products, 7)
+    return replace(time, us=time.us * model.layers / layers)
