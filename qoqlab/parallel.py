@@ -52,6 +52,7 @@ from .engine import Engine, Network
 from .grids import Zero
 from .kv import KVFormat
 from .progressive import ProgressiveWeight
+from .sampling import Sampling
 from .schemes import WeightFormat
 
 #: Linears of which a rank holds a slice of the inputs; of the others it holds a slice of the outputs.
@@ -368,12 +369,16 @@ class ParallelEngine(Engine):
         with self._together():
             return super().decode(sequences, tokens)
 
-    def decode_greedy(
-        self, sequences: Sequence[int], tokens: Sequence[int] | torch.Tensor, steps: int
+    def decode_ahead(
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[int] | torch.Tensor,
+        steps: int,
+        samplings: Sequence[Sampling | None] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Engine`."""
         with self._together():
-            return super().decode_greedy(sequences, tokens, steps)
+            return super().decode_ahead(sequences, tokens, steps, samplings)
 
 
 @torch.no_grad()

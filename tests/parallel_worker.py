@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from qoqlab import load_text, load_tiny, parallel, quantize, runtime, tokens
-from qoqlab.engine import Engine, Sampling
+from qoqlab.engine import Engine
 from qoqlab.grids import INT8, UINT4, Zero
 from qoqlab.parallel import Ranks
 from qoqlab.pipeline import QuantizedModel
+from qoqlab.sampling import Sampling
 from qoqlab.schemes import Scheme, WeightFormat, WeightKind
 from qoqlab.serve.requests import Request
 from qoqlab.serve.server import Server

@@ -20,8 +20,8 @@ if not hasattr(np, "row_stack"):  # as in `conftest`, which these processes do n
     np.row_stack = np.vstack  # noqa: NPY201
 
 from qoqlab import parallel, runtime
-from qoqlab.engine import Sampling
 from qoqlab.parallel import Ranks
+from qoqlab.sampling import Sampling
 from qoqlab.serve.requests import Request
 from qoqlab.serve.server import Server
 
