@@ -130,6 +130,9 @@ PRODUCTS: dict[str, Sequence[Product]] = {"fp16": (FP16,), "w8a8": W8A8, "w4a16"
 # -- what lies between ----------------------------------------------------------------------------------------------------
 
 _compiled: dict[Any, Callable] = {}
+#: torch compiles a function eight times and runs further uses of it uncompiled, with a line in its log. All functions with
+#: given arguments are one to torch, so a few precisions and sizes reach that. What is measured here is compiled or an error.
+compiled = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
 
 
 def fused(function: Callable, *first: Any) -> Callable:
@@ -245,6 +248,7 @@ def choose(model: Geometry, precision: str, tokens: int) -> list[Product]:
     return [min(allowed, key=lambda p: product_time(p, n, k, tokens)) for n, k in model.shapes.values()]
 
 
+@compiled
 def product_time(product: Product, n: int, k: int, tokens: int, copies: int = 3) -> float:
     """Microseconds of a product with what prepares it, weights out of L2."""
     w = torch.randn(n, k, device="cuda", dtype=torch.float16) / k**0.5
@@ -258,6 +262,7 @@ def product_time(product: Product, n: int, k: int, tokens: int, copies: int = 3)
     return measure.graph_time([partial(lambda s: product.multiply(prepare(x), s), s) for s in weights], replays=5)
 
 
+@compiled
 def step_time(model: Geometry, precision: str, batch: int, context: int) -> tuple[float, list[str]]:
     """(microseconds of a decode step, names of the products): embedding, all layers, head. ``context`` tokens a sequence,
     the new one included. Raises `measure.Unavailable` where torch has no fused attention."""
@@ -286,6 +291,7 @@ def step_time(model: Geometry, precision: str, batch: int, context: int) -> tupl
     return min(times), [product.name for product in products]
 
 
+@compiled
 def prefill_time(model: Geometry, precision: str, prompts: int, length: int, layers: int = 4) -> tuple[float, list[str]]:
     """(microseconds of a prefill, names of the products), from ``layers`` layers; embedding and head are left out."""
     products = choose(model, precision, prompts * length)
