@@ -53,6 +53,19 @@ def check_cache_bytes(cache_bytes: Callable[[int, int, int, int, float], float])
     passed("check_cache_bytes")
 
 
+def check_roofline(seconds: Callable[[float, int, float, float], float]) -> None:
+    """``seconds(bits, tokens, bandwidth, peak)`` -> time of one weight of ``bits``, read once and used for all tokens."""
+    got = seconds(8, 5, 10.0, 200.0)
+    assert abs(got - 0.15) > 1e-9, "reading and multiplying go on side by side: the longer of the two counts, not their sum"
+    assert abs(got - 0.05) > 1e-9, "the slower of the two sets the time, so it is the larger number"
+    assert abs(got - 0.8) > 1e-9, "bits are not bytes: 8 bits are one byte to move"
+    assert abs(got - 0.1) < 1e-9, f"1 byte at 10 bytes/s takes 0.1 s, 5 tokens 0.05 s at 200 operations/s: 0.1, got {got:g}"
+    got = seconds(8, 30, 10.0, 200.0)
+    assert abs(got - 0.15) > 1e-9, "a multiplication and an addition are two operations per token"
+    assert abs(got - 0.3) < 1e-9, f"30 tokens are 60 operations, at 200 a second 0.3 s, longer than a byte: 0.3, got {got:g}"
+    passed("check_roofline")
+
+
 def check_outlier_ratio(outlier_ratio: Callable[[torch.Tensor], float]) -> None:
     """``outlier_ratio(x [T, K])`` -> largest channel over median channel, a channel being as large as its largest |x|."""
     x = torch.tensor([[1.0, -2.0, 0.5, -40.0, 3.0], [-2.0, 1.0, 1.0, 10.0, 1.0]])

@@ -220,7 +220,7 @@ def channel_profile(
 
 
 def key_strips(keys: torch.Tensor, title: str = "Keys: largest magnitude of every channel, head by head") -> go.Figure:
-    """One strip of bars per head; RoPE turns channel ``i`` together with ``i + D / 2``, and both halves share a colour.
+    """One strip of bars per head; a colour for each half; RoPE turns channel ``i`` together with ``i + D / 2``.
 
     ``keys [H, T, D]`` (after RoPE; or values, to compare). The dashed line is the head's median channel. The largest channel
     and its RoPE partner are labelled.
@@ -252,6 +252,8 @@ def key_strips(keys: torch.Tensor, title: str = "Keys: largest magnitude of ever
         ]
         crowded = max(around) > float(values[partner])
         away = "center" if not crowded else "left" if around[0] > around[1] else "right"  # a label lies on no taller bar
+        if partner < width // 10 or partner >= width - width // 10:  # nor does it leave the plot
+            away = "left" if partner < width // 2 else "right"
         for channel, text, lift, side in ((top, f"{top}", 10, "center"), (partner, f"{partner} (partner)", 26, away)):
             figure.add_annotation(
                 x=channel,
@@ -731,7 +733,7 @@ def stacked_bytes(table: pd.DataFrame, title: str, unit: str = "MiB") -> go.Figu
         barmode="stack",
         uniformtext={"minsize": 11, "mode": "hide"},
         height=190 + 46 * bars,
-        legend=_legend_above(),
+        legend=_legend_above() | {"traceorder": "normal"},  # as the bars are stacked, from left to right
     )
 
 
@@ -755,7 +757,7 @@ def roofline(table: pd.DataFrame, title: str, x: str, y: str) -> go.Figure:
             },
             hovertemplate="%{x:.3g} -> %{y:.3g}<extra>%{fullData.name}</extra>",
         )
-    _layout(figure, title, x, y)
+    _layout(figure, title, *(f"{name[:-1]}, log scale)" if name.endswith(")") else f"{name} (log scale)" for name in (x, y)))
     figure.update_xaxes(**_log_axis([torch.tensor(table["intensity"].to_list())]))
     return figure.update_yaxes(**_log_axis([torch.tensor(table["speed"].to_list())]))
 

@@ -88,18 +88,22 @@ def stage_map(report: pd.DataFrame, title: str) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=table.to_numpy(dtype="float32"),
-            x=[str(stage).replace("_", " ") for stage in table.columns],
-            y=[f"layer {layer}" for layer in table.index],
+            x=[str(stage).replace("_", " ").replace(" ", "<br>", 1) for stage in table.columns],
+            y=[str(layer) for layer in table.index],
             texttemplate="%{z:.1f}",
             colorscale=SEQUENTIAL,
             zmin=5,
             zmax=25,
-            colorbar={"title": {"text": "dB", "side": "right", "font": {"size": 12}}, "thickness": 12, "outlinewidth": 0},
-            hovertemplate="%{y}, after %{x}: %{z:.2f} dB<extra></extra>",
+            colorbar={
+                "title": {"text": "output SQNR (dB, higher is better)", "side": "right", "font": {"size": 12}},
+                "thickness": 12,
+                "outlinewidth": 0,
+            },
+            hovertemplate="layer %{y}, after %{x}: %{z:.2f} dB<extra></extra>",
         )
     )
-    _layout(figure, title, "after the stage", "output SQNR (dB), higher is better")
-    return figure.update_yaxes(autorange="reversed", showgrid=False).update_xaxes(showgrid=False)
+    _layout(figure, title, "after the stage", "layer (index)")
+    return figure.update_yaxes(type="category", autorange="reversed", showgrid=False).update_xaxes(showgrid=False)
 
 
 def next_tokens(table: pd.DataFrame, title: str) -> go.Figure:

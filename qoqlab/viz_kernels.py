@@ -76,6 +76,7 @@ def lane_cells(table: pd.DataFrame, lane: int, title: str) -> go.Figure:
     owner = np.full((len(rows), len(columns)), np.nan, dtype=np.float32)
     owner[np.searchsorted(rows, n), np.searchsorted(columns, k)] = table["lane"]
     mine = table[table["lane"] == lane]
+    mark = "r" if len(mine) <= 16 else ""  # side by side on a narrow page there is room for the number alone
     figure = go.Figure(
         go.Heatmap(
             z=owner,
@@ -93,7 +94,7 @@ def lane_cells(table: pd.DataFrame, lane: int, title: str) -> go.Figure:
     figure.add_scatter(
         x=mine["k"].to_list(),
         y=mine["n"].to_list(),
-        text=[f"r{register}" for register in mine["register"]],
+        text=[f"{mark}{register}" for register in mine["register"]],
         mode="markers+text",
         marker={"symbol": "square", "size": 17, "color": "white", "line": {"color": PALETTE[1], "width": 2}},
         textfont={"size": 10, "color": _INK},
@@ -124,6 +125,33 @@ def times(table: pd.DataFrame, title: str, counts: str = "tokens at once, M") ->
     ticks = [int(m) for m in table.index]
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(m) for m in ticks])
     return figure.update_yaxes(**_log_axis([torch.tensor(table.to_numpy()).nan_to_num(0.0)]))
+
+
+def timeline(table: pd.DataFrame, title: str) -> go.Figure:
+    """Who works when in a pipeline: a row per worker, a bar per piece of work with the piece's number in it.
+
+    ``table``: columns ``worker`` (in the order of the rows), ``piece``, ``start`` and ``end`` (ticks). As many traces as
+    workers.
+    """
+    figure = go.Figure()
+    for index, worker in enumerate(dict.fromkeys(table["worker"])):
+        part = table[table["worker"] == worker]
+        figure.add_bar(
+            base=_numbers(part["start"].to_list()),
+            x=_numbers((part["end"] - part["start"]).to_list()),
+            y=[worker] * len(part),
+            orientation="h",
+            name=worker,
+            text=[str(piece) for piece in part["piece"]],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            marker={"color": PALETTE[index % len(PALETTE)], "line": {"color": "white", "width": 2}},
+            hovertemplate=f"{worker}, piece %{{text}}: tick %{{base}}, for %{{x}}<extra></extra>",
+        )
+    workers = table["worker"].nunique()
+    _layout(figure, title, "time (ticks)", "", height=150 + 60 * workers, barmode="overlay", showlegend=False)
+    return figure.update_yaxes(autorange="reversed", showgrid=False)
 
 
 def running_weights(weights: Sequence[torch.Tensor], final: torch.Tensor, page_size: int, title: str) -> go.Figure:

@@ -59,6 +59,7 @@ def error_curves(
     Logarithmic upwards. The number of traces is twice that of curves.
     """
     figure = go.Figure()
+    labelled: set[tuple[str, str]] = set()  # curves may coincide, and with them the numbers under their stars
     for index, (name, values) in enumerate(curves.items()):
         colour = PALETTE[index % len(PALETTE)]
         best = min(range(len(values)), key=values.__getitem__)
@@ -82,6 +83,10 @@ def error_curves(
             hoverinfo="skip",
         )
         for i in stars:  # a text of the trace would have no background, and lines run through it
+            place = (f"{knob[i]:.3g}", f"{values[i]:.2g}")
+            if place in labelled:
+                continue
+            labelled.add(place)
             figure.add_annotation(
                 x=knob[i],
                 y=math.log10(values[i]),

@@ -52,12 +52,14 @@ def roof_and_step(speeds: pd.DataFrame, step: pd.DataFrame, tokens: int, title: 
     _layout(figure, title, barmode="stack", height=480, margin={"l": 70, "r": 30, "t": 100, "b": 120})
     figure.update_layout(
         legend=_below(),
-        legend2=_below() | {"x": 0.585},
+        legend2=_below() | {"y": -0.3},  # side by side they cut each other off on a narrow page
     )
     figure.update_xaxes(
-        **_log_axis([torch.tensor(speeds["tokens"].to_list())]), title_text="tokens at once, M", row=1, col=1
+        **_log_axis([torch.tensor(speeds["tokens"].to_list())]), title_text="tokens at once, M (log scale)", row=1, col=1
     )
-    figure.update_yaxes(**_log_axis([torch.tensor(speeds["tops"].to_list())]), title_text="speed (TOP/s)", row=1, col=1)
+    figure.update_yaxes(
+        **_log_axis([torch.tensor(speeds["tops"].to_list())]), title_text="speed (TOP/s, log scale)", row=1, col=1
+    )
     return figure.update_annotations(font_size=12)
 
 
@@ -79,7 +81,16 @@ def _stack(figure: go.Figure, table: pd.DataFrame, value: str, x: str, column: i
     totals = table.groupby("precision", sort=False)[value].sum()
     for name, total in totals.items():
         figure.add_annotation(
-            x=total, y=name, text=f" {total:.3g}", showarrow=False, xanchor="left", font={"size": 12}, row=1, col=column
+            x=total,
+            y=name,
+            text=f" {total:.3g}",
+            showarrow=False,
+            xanchor="left",
+            font={"size": 12},
+            bgcolor="white",  # a dashed line may run behind it
+            borderpad=0,
+            row=1,
+            col=column,
         )
     figure.update_xaxes(range=[0, 1.25 * float(totals.max())], title_text=x, row=1, col=column)
     figure.update_yaxes(autorange="reversed", showgrid=False, title_text="precision", row=1, col=column)
@@ -90,14 +101,15 @@ def step_and_memory(step: pd.DataFrame, memory: pd.DataFrame, capacity: float, t
 
     ``step``: columns ``precision``, ``part``, ``ms``; ``memory``: ``precision``, ``part``, ``gib``. Capacity in GiB.
     """
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.2, subplot_titles=("one step", "memory"))
+    heads = ("one step", "memory (dashed: the card's)")
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.2, subplot_titles=heads)
     _stack(figure, step, "ms", "time of one step (ms)", column=1, legend="legend")
     _stack(figure, memory, "gib", "weights and KV cache (GiB)", column=2)
     figure.add_vline(x=capacity, line={"color": PALETTE[1], "width": 2.5, "dash": "dash"}, row=1, col=2)
     widest = float(memory.groupby("precision")["gib"].sum().max())
     figure.update_xaxes(range=[0, max(1.25 * widest, 1.08 * capacity)], row=1, col=2)
     _layout(figure, title, barmode="stack", height=440, margin={"l": 70, "r": 30, "t": 100, "b": 120})
-    figure.update_layout(legend=_below(), legend2=_below() | {"x": 0.6})
+    figure.update_layout(legend=_below(), legend2=_below() | {"y": -0.32})  # side by side they cut each other off
     return figure.update_annotations(font_size=12)
 
 
@@ -222,10 +234,16 @@ def published_and_bound(table: pd.DataFrame, title: str, against: str = "bound")
                 text=part["model"].to_list(),
                 mode="markers",
                 name=f"{system}, {gpu}",
-                marker={"color": PALETTE[index % len(PALETTE)], "symbol": ("circle", "diamond-open")[shape % 2], "size": 10},
+                marker={
+                    "color": PALETTE[index % len(PALETTE)],
+                    "symbol": ("circle", "diamond-open")[shape % 2],
+                    "size": 10,
+                    "line": {"width": 1.5 * (shape % 2)},
+                },
                 hovertemplate=f"%{{text}}: %{{y:.0f}} tokens/s, {against} %{{x:.0f}}<extra>%{{fullData.name}}</extra>",
             )
-    _layout(figure, title, f"{against} (tokens per second)", "published (tokens per second)", height=520)
+    unit = "(tokens per second, log scale)"
+    _layout(figure, title, f"{against} {unit}", f"published {unit}", height=520)
     figure.update_layout(showlegend=True)
     figure.update_xaxes(**_log_axis([torch.tensor(table[against].to_list())]))
     return figure.update_yaxes(**_log_axis([torch.tensor(table["tokens_per_s"].to_list())]))
@@ -264,11 +282,13 @@ def load_and_cost(table: pd.DataFrame, title: str) -> go.Figure:
     ``table``: columns ``precision``, ``load`` (requests per second), ``total_p50``, ``total_p95`` (seconds) and
     ``dollars_per_million``. A line ends where its fleet is full. The number of traces depends on the precisions alone.
     """
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.14, subplot_titles=("latency", "cost"))
+    heads = ("latency (solid: 95 % of requests, dotted: half)", "cost")
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.14, subplot_titles=heads)
     for index, name in enumerate(dict.fromkeys(table["precision"])):
         part = table[table["precision"] == name]
         lines = (("total_p95", "solid", 1), ("total_p50", "dot", 1), ("dollars_per_million", "solid", 2))
         for column, dash, place in lines:
+            wide = place == 2 and index == 0  # costs coincide where both fleets serve the load: it lies under the others
             figure.add_scatter(
                 x=_numbers(part["load"].to_list()),
                 y=_numbers(part[column].to_list()),
@@ -276,7 +296,7 @@ def load_and_cost(table: pd.DataFrame, title: str) -> go.Figure:
                 legendgroup=name,
                 showlegend=column == "total_p95",
                 mode="lines+markers",
-                line={"color": PALETTE[index % len(PALETTE)], "width": 2.5, "dash": dash},
+                line={"color": PALETTE[index % len(PALETTE)], "width": 7 if wide else 2.5, "dash": dash},
                 marker={"size": 6, "symbol": index},
                 hovertemplate=f"{column} at %{{x:.3g}} requests/s: %{{y:.3g}}<extra>%{{fullData.name}}</extra>",
                 row=1,
@@ -286,7 +306,7 @@ def load_and_cost(table: pd.DataFrame, title: str) -> go.Figure:
     figure.update_xaxes(title_text="load (requests per second)", rangemode="tozero")
     figure.update_yaxes(title_text="seconds from arrival to last token", rangemode="tozero", col=1)
     figure.update_yaxes(**_log_axis([torch.tensor(table["dollars_per_million"].to_list())]), col=2)
-    figure.update_yaxes(title_text="dollars per million tokens", col=2)
+    figure.update_yaxes(title_text="dollars per million tokens (log scale)", col=2)
     return figure.update_annotations(font_size=12)
 
 
@@ -308,4 +328,4 @@ def bars(table: pd.DataFrame, title: str, x: str, y: str, order: Sequence[str] =
     axis = _log_axis([torch.tensor(table["value"].to_list())])
     axis["range"] = [axis["range"][0] - 0.15, axis["range"][1]]  # type: ignore[index]
     long = max(map(len, table["name"])) > 8
-    return figure.update_yaxes(**axis).update_xaxes(tickangle=-25 if long else 0, showgrid=False)
+    return figure.update_yaxes(**axis).update_xaxes(type="category", tickangle=-25 if long else 0, showgrid=False)

@@ -17,6 +17,10 @@ def cache_bytes(layers, kv_heads, head_dim, tokens, bits):
     return 2 * layers * kv_heads * head_dim * tokens * bits / 8
 
 
+def roofline_seconds(bits, tokens, bandwidth, peak):
+    return max(bits / 8 / bandwidth, 2 * tokens / peak)
+
+
 def outlier_ratio(x):
     channels = x.abs().amax(0)
     return channels.max() / channels.median()
@@ -207,6 +211,7 @@ ANSWERS = [
     (exercises.check_key_ranking, key_ranking),
     (exercises.check_frontier, frontier),
     (exercises.check_recipe, recipe(ROTATE, SMOOTH)),
+    (exercises.check_roofline, roofline_seconds),
     (exercises.check_crossing, crossing),
     (exercises.check_step_speedup, step_speedup),
     (exercises.check_unpack_budget, unpack_budget),
@@ -353,6 +358,11 @@ MISTAKES = [
     (exercises.check_recipe, recipe(SMOOTH), "loud activation channels"),
     (exercises.check_recipe, recipe(ROTATE), "loud key channels"),
     (exercises.check_recipe, recipe(Step(baselines.smooth_inputs)), "loud key channels"),
+    (exercises.check_roofline, lambda bits, tokens, bw, peak: bits / 8 / bw + 2 * tokens / peak, "not their sum"),
+    (exercises.check_roofline, lambda bits, tokens, bw, peak: min(bits / 8 / bw, 2 * tokens / peak), "the larger number"),
+    (exercises.check_roofline, lambda bits, tokens, bw, peak: max(bits / bw, 2 * tokens / peak), "bits are not bytes"),
+    (exercises.check_roofline, lambda bits, tokens, bw, peak: max(bits / 8 / bw, tokens / peak), "two operations"),
+    (exercises.check_roofline, lambda bits, tokens, bw, peak: bits / 8 / bw, "0.3, got 0.1"),
     (exercises.check_crossing, lambda bits, peak, bandwidth: bits / 8 * peak / bandwidth, "two operations"),
     (exercises.check_crossing, lambda bits, peak, bandwidth: bits * peak / bandwidth / 2, "bits are not bytes"),
     (exercises.check_crossing, lambda bits, peak, bandwidth: 2 * bandwidth / peak / (bits / 8), "upside down"),

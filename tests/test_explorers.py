@@ -100,8 +100,8 @@ def test_keys_are_those_that_the_cache_sees(playground, tiny):
 def test_recipe_lab_measures_what_it_lists(lab):
     figure, table = lab.view("bundled", clip=False)
     assert list(table["recipe"]) == ["fp16", "round to nearest", "your recipe"]
-    assert list(figure.data[0].x) == ["round to nearest", "rotate", "smooth attention"]
-    assert list(figure.data[0].y) == [f"layer {i}" for i in range(5)]
+    assert list(figure.data[0].x) == ["round<br>to nearest", "rotate", "smooth<br>attention"]
+    assert list(figure.data[0].y) == [str(i) for i in range(5)]
     assert table["format"].iloc[2] == "W4A8KV4 g128"
     lost = [float(v) for v in table["lost to fp16"].iloc[1:]]
     perplexities = [float(v) for v in table["perplexity"]]
@@ -113,7 +113,7 @@ def test_recipe_lab_keeps_results_and_leaves_out_what_has_no_effect(lab):
     lab.view("bundled", clip=False)
     assert len(lab._kept) == before, "nothing new to measure"
     figure, table = lab.view("bundled", rotate=False, cache="16 bits", weights="per channel")
-    assert list(figure.data[0].x) == ["round to nearest"], "SmoothAttention is for a quantised cache"
+    assert list(figure.data[0].x) == ["round<br>to nearest"], "SmoothAttention is for a quantised cache"
     assert table["format"].iloc[2] == "W4A8KV16"
 
 

@@ -153,6 +153,14 @@ def test_strips_mark_the_rope_partner():
     assert texts[:2] == ["3", "11 (partner)"]
 
 
+@pytest.mark.parametrize(("loudest", "side"), [(8, "left"), (7, "right")])
+def test_a_partner_at_the_edge_is_labelled_inwards(loudest, side):
+    keys = torch.ones(1, 3, 16)
+    keys[0, :, loudest] = 50.0
+    _, partner = viz.key_strips(keys).layout.annotations[-2:]
+    assert "partner" in partner.text and partner.xanchor == side
+
+
 def test_constant_and_zero_inputs_draw():
     zeros = torch.zeros(4, 4)
     for log in (False, True):

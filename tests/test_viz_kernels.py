@@ -45,6 +45,8 @@ def test_cells_are_those_of_the_lane():
     assert heat.z.shape == (16, 32) and {int(heat.z[n, k]) for n, k in zip(marks.y, marks.x, strict=True)} == {5}
     assert sorted(set(marks.text)) == ["r0", "r1", "r2", "r3"] and len(marks.x) == 16
     assert len(viz_kernels.lane_cells(TILE, 99, "nobody").data) == 2
+    whole = TILE.assign(lane=5)
+    assert "r" not in "".join(viz_kernels.lane_cells(whole, 5, "crowded").data[1].text), "no room for more than a number"
 
 
 def test_times_are_drawn_beside_the_bound_and_missing_ones_left_out():
@@ -73,3 +75,10 @@ def test_a_pool_shows_who_holds_what():
     cells = viz_kernels.page_pool([["A"], [], ["A", "B"]], "title", columns=2).data[0]
     assert cells.text[0][0].startswith("<b>A</b>") and cells.text[1][0].startswith("<b>A + B</b>")
     assert cells.z[0][0] == cells.z[1][0] != cells.z[0][1] and cells.text[0][1] == "page 1"
+
+
+def test_a_timeline_has_a_row_per_worker_and_a_bar_per_piece():
+    table = pd.DataFrame({"worker": ["copy", "copy", "multiply"], "piece": [0, 1, 0], "start": [0, 4, 4], "end": [4, 8, 5]})
+    copy, multiply = viz_kernels.timeline(table, "title").data
+    assert list(copy.base) == [0, 4] and list(copy.x) == [4, 4] and list(copy.text) == ["0", "1"]
+    assert list(multiply.base) == [4] and list(multiply.x) == [1] and set(multiply.y) == {"multiply"}

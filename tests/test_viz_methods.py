@@ -44,6 +44,11 @@ def test_a_star_marks_the_minimum():
     assert not len(unmarked.x or ()), "as many traces, without a star"
 
 
+def test_curves_that_coincide_share_a_number():
+    both = viz_methods.error_curves([0.0, 1.0], {"a": [2.0, 1.0], "b": [2.0, 1.0], "c": [1.0, 2.0]}, "t", "x", "y")
+    assert [note.text for note in both.layout.annotations] == ["1.00", "0.00"] and len(both.data) == 6
+
+
 def test_errors_of_maps_share_one_scale_and_lonely_ones_survive():
     lonely = torch.zeros(200, 200)
     lonely[150, 7] = 0.9

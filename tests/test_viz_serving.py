@@ -101,7 +101,7 @@ def test_a_grid_of_many_points_is_thinned_and_a_constant_draws():
 
 def test_stages_keep_their_order():
     figure = FIGURES["stage_map"]()
-    assert list(figure.data[0].x) == ["rtn", "clip it"]
+    assert list(figure.data[0].x) == ["rtn", "clip<br>it"]
     assert figure.data[0].z.tolist() == [[10, 12], [11, 13]]
 
 

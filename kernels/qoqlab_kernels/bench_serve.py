@@ -151,8 +151,9 @@ def requests_of(job: Round, vocabulary: int) -> list[Request]:
 
 def serve_round(engine: Engine, job: Round) -> dict[str, Any]:
     """A round through the server. Raises `measure.WrongResult` where a request did not get its tokens."""
-    warm = Round(job.batch, min(job.prompt, 64), 3)
-    Server(engine, budget=PREFILL).run(requests_of(warm, engine.vocabulary))  # compiles, and captures the step
+    together = min(job.batch, max(1, PREFILL // job.prompt))
+    for warm in (Round(together, job.prompt, 1), Round(job.batch, min(job.prompt, 64), 3)):  # of a prefill, and of the step
+        Server(engine, budget=PREFILL).run(requests_of(warm, engine.vocabulary))  # compiles, and captures the step
     timed = []
     for step in engine._steps.values():
         step.graph = Timed(step.graph)  # type: ignore[assignment]

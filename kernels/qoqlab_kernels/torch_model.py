@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,12 +27,9 @@ EPS, GROUP = 1e-5, 128
 #: Largest finite number of FP8 (e4m3), and of INT8.
 FP8_MAX, INT8_MAX = 448.0, 127.0
 FUSED = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-#: Shapes that a function may be compiled for.
-SHAPES = 64
 #: Layers that a prefill is measured with.
 PREFILL_LAYERS = 4
 Parts = tuple[torch.Tensor, ...]
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,9 @@ NARROW = ("w8a8kv8",)
 # -- what lies between ----------------------------------------------------------------------------------------------------
 
 _compiled: dict[Any, Callable] = {}
+#: torch compiles a function eight times and runs further uses of it uncompiled, with a line in its log. All functions with
+#: given arguments are one to torch, so a few precisions and sizes reach that. What is measured here is compiled or an error.
+compiled = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
 
 
 def fused(function: Callable, *first: Any) -> Callable:
@@ -285,6 +285,7 @@ def choose(model: Geometry, precision: str, tokens: int) -> tuple[Product, ...]:
     return tuple(min(allowed, key=lambda p: product_time(p, n, k, tokens)) for n, k in model.shapes.values())
 
 
+@compiled
 def product_time(product: Product, n: int, k: int, tokens: int, copies: int = 3) -> float:
     """Microseconds of a product with what prepares it, weights out of L2."""
     w = torch.randn(n, k, device="cuda", dtype=torch.float16) / k**0.5
@@ -340,18 +341,7 @@ def by_backend(compute: Callable[[], torch.Tensor]) -> dict[str, Callable[[], to
     return {name: partial(by, backend) for name, backend in FUSED.items()}
 
 
-def many_shapes(function: F) -> F:
-    """The function, in which torch may compile for more shapes than the few after which it would silently give up."""
-
-    @functools.wraps(function)
-    def run(*arguments: Any, **options: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            return function(*arguments, **options)
-
-    return run  # type: ignore[return-value]
-
-
-@many_shapes
+@compiled
 def step_time(model: Geometry, precision: str, batch: int, context: int) -> Time:
     """Of a decode step: embedding, all layers, head. ``context`` tokens a sequence, the new one included; no more than the
     model's window are kept. Raises `measure.Unavailable` where no attention runs."""
@@ -399,7 +389,7 @@ def narrow_steps(
     yield "our pages of 8 bits, kernel v2 (the slow one)", pages
 
 
-@many_shapes
+@compiled
 def prefill_time(model: Geometry, precision: str, prompts: int, length: int, layers: int = PREFILL_LAYERS) -> Time:
     """Of a prefill, from ``layers`` layers; embedding and head are left out. Raises `measure.Unavailable` for prompts that
     are longer than the model's window."""
