@@ -29,12 +29,30 @@ const colours = COLOURS;
 const recolour = (value) => typeof value === 'string' ? colours[value] ?? value
   : Array.isArray(value) ? value.map(recolour)
   : value && typeof value === 'object' ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, recolour(v)])) : value;
+// plotly's sliders know the mouse alone: arrow keys move the slider of a figure that has the focus
+const steer = (place) => {
+  const slider = () => place.layout.sliders[0], labels = (place.layout.sliders ?? [])[0]?.steps.map((step) => step.label);
+  if (!labels) return;
+  const say = () => Object.entries({role: 'slider', 'aria-label': slider().currentvalue?.prefix ?? 'shown',
+    'aria-valuemin': 0, 'aria-valuemax': labels.length - 1, 'aria-valuenow': slider().active ?? 0,
+    'aria-valuetext': labels[slider().active ?? 0]}).forEach(([name, value]) => place.setAttribute(name, value));
+  place.tabIndex = 0;
+  place.onkeydown = (event) => {
+    const from = slider().active ?? 0, to = from + ({ArrowRight: 1, ArrowLeft: -1}[event.key] ?? 0);
+    if (to === from || !(to in labels)) return;
+    event.preventDefault();
+    Plotly.relayout(place, {'sliders[0].active': to})
+      .then(() => Plotly.animate(place, ...slider().steps[to].args)).then(say);
+  };
+  place.on('plotly_sliderchange', say);
+  say();
+};
 const draw = (figure) => {
   const light = JSON.parse(figure.querySelector('script').textContent);
   const spec = night.matches ? recolour(light) : light;
   const place = figure.querySelector('div');
   Plotly.newPlot(place, spec.data, spec.layout, {responsive: true})
-    .then(() => spec.frames && Plotly.addFrames(place, spec.frames));
+    .then(() => spec.frames && Plotly.addFrames(place, spec.frames)).then(() => steer(place));
 };
 const drawn = [];
 const seen = new IntersectionObserver((entries) => entries.filter((e) => e.isIntersecting)
@@ -98,8 +116,9 @@ def figure(spec: dict[str, Any]) -> str:
     # "</" would end the script element
     text = json.dumps(spec, separators=(",", ":")).replace("</", "<\\/")
     height = int(layout.get("height") or 450)
+    role = "group" if layout.get("sliders") else "img"  # what is in an image cannot be reached
     return (
-        f'<figure class="plotly" role="img" aria-label="{name}"><div style="width:100%;height:{height}px"></div>'
+        f'<figure class="plotly" role="{role}" aria-label="{name}"><div style="width:100%;height:{height}px"></div>'
         f'<script type="application/json">{text}</script></figure>'
     )
 
@@ -196,7 +215,8 @@ def _index(titles: dict[str, str]) -> str:
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>qoqlab: the course</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="stylesheet" href="assets/site.css"></head>
 <body><main class="index"><h1>qoqlab: W4A8KV4 from the roofline to the bits</h1>
-<p>The QServe paper, executable. These pages are the notebooks as they were last run: figures turn, zoom and have sliders.
+<p>The QServe paper, executable. These pages are the notebooks as they were last run: figures turn, zoom and have sliders,
+which the arrow keys move as well once Tab has reached the figure.
 To change the code, do the exercises and move the controls, open them in JupyterLab with <code>make lab</code>.</p>
 <h2>Lessons</h2><ol style="list-style:none;padding:0">{entries(False)}</ol>
 <h2>Explorers</h2><p>They compute while you move their controls, so they need Python: <code>make app</code>.</p>

@@ -359,6 +359,11 @@ def test_the_site_draws_figures_and_formulas_without_a_server_by_day_and_by_nigh
     before = title(figure)
     figure.locator(".slider-rail-touch-rect").click()  # the middle of the rail
     settle(page, lambda: title(figure) != before)
+    by_mouse, slider = title(figure), figure.get_by_role("slider")
+    assert by_mouse.startswith(slider.get_attribute("aria-valuetext"))
+    slider.press("ArrowLeft")
+    settle(page, lambda: title(figure) != by_mouse)
+    assert title(figure).startswith(slider.get_attribute("aria-valuetext"))
 
     papers = {}
     for theme in ("light", "dark"):
