@@ -74,6 +74,7 @@ _MODULES = [
     "outliers",
     "packing",
     "paged",
+    "parallel",
     "pipeline",
     "progressive",
     "qserve_format",

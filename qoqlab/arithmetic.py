@@ -52,6 +52,9 @@ class Ops(Protocol):
     def linear(self, a: Any, projection: Projection) -> torch.Tensor:
         """``[M, N]`` in the engine's dtype."""
 
+    def row_linear(self, a: Any, projection: Projection) -> torch.Tensor:
+        """`linear` of a layer whose inputs the ranks of a parallel engine share; everywhere else `linear` itself."""
+
 
 class ReferenceOps:
     """`Ops` in plain torch, on any device; checks its operands, so it waits for a GPU at every step."""
@@ -85,6 +88,10 @@ class ReferenceOps:
         """See `Ops`."""
         return reference.w4a8_matmul(a, projection.weight, projection.bias).to(self.dtype)
 
+    def row_linear(self, a: Affine, projection: Projection) -> torch.Tensor:
+        """See `Ops`."""
+        return self.linear(a, projection)
+
 
 class KernelOps:
     """`Ops` on a GPU, by ``kernels``: the package ``qoqlab_kernels``."""
@@ -117,6 +124,10 @@ class KernelOps:
     def linear(self, a: Any, projection: Projection) -> torch.Tensor:
         """See `Ops`."""
         return self.kernels.w4a8_gemm(a, None, projection.weight, projection.bias, dtype=self.dtype)
+
+    def row_linear(self, a: Any, projection: Projection) -> torch.Tensor:
+        """See `Ops`."""
+        return self.linear(a, projection)
 
 
 def kernel_problem(weight: object) -> str:

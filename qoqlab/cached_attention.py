@@ -164,12 +164,16 @@ class ReferenceAttention:
         for sequence, q, k, v in zip(batch.sequences, *parts, strict=True):
             found.append(causal(q, k, v, window))
             self.cache.append(layer, sequence, 0, k, v)
-        return quantize_per_token_s8(torch.cat(found).flatten(1))
+        return self.quantize(torch.cat(found).flatten(1))
 
     def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Affine:
         """See `Attention`."""
         seen = self.cache.decode(layer, batch.sequences, batch.starts, self._heads(layer, qkv, batch), window)
-        return quantize_per_token_s8(seen.flatten(1))
+        return self.quantize(seen.flatten(1))
+
+    def quantize(self, x: torch.Tensor) -> Affine:
+        """INT8 per token of ``x [M, Hq D]``."""
+        return quantize_per_token_s8(x)
 
     def advance(self, batch: Batch) -> None:
         """See `Attention`; positions say everything here."""
@@ -221,7 +225,7 @@ class KernelAttention:
         """See `Attention`."""
         parts = (t.split(list(batch.counts)) for t in self._append(layer, qkv, batch))
         seen = [causal(q, k, v, window) for q, k, v in zip(*parts, strict=True)]
-        return self.kernels.quantize_activations(torch.cat(seen).flatten(1))
+        return self.quantize(torch.cat(seen).flatten(1))
 
     def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """See `Attention`."""
@@ -235,6 +239,16 @@ class KernelAttention:
             seen, lse = self.kernels.kv4_attention(query, self.cache, layer, batch.slots, window=past, lse=True)
         if layer == self.shape.layers - 1:
             self.cache.lengths[:, batch.slots.long()] = batch.positions + 1
+        return self.join(seen, lse, query, key, value)
+
+    def quantize(self, x: torch.Tensor) -> Any:
+        """INT8 per token of ``x [M, Hq D]``."""
+        return self.kernels.quantize_activations(x)
+
+    def join(
+        self, seen: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> Any:
+        """New tokens join what their queries have seen; INT8 per token."""
         return self.kernels.attend_own_s8(seen, lse, query, key, value)
 
     def _append(self, layer: int, qkv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ the kernels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,45 +17,12 @@ from torch import nn
 
 from . import attention
 from .architecture import Architecture, Block
-from .arithmetic import Ops, Projection, side_by_side
+from .arithmetic import Ops, Projection, Weight, side_by_side
 from .cached_attention import IDLE, Attention, Batch, HeadNorms, batch_of
 from .checks import require_count
 from .kv import Keys, KVFormat
+from .sampling import GREEDY, Sampling, choose, draws_of
 from .schemes import WeightKind
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: ``temperature`` 0 takes the likeliest; otherwise it is drawn from the ``top_k``
-    likeliest (None: all) that together hold ``top_p`` of the probability, with a generator that starts from ``seed``."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: expected a number of at least 0, got {self.temperature!r}")
-        if self.top_k is not None:
-            require_count("top_k", self.top_k, 1)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number with 0 < top_p <= 1, got {self.top_p!r}")
-
-    def choose(self, logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """int64 tokens ``[B]`` from ``logits [B, V]``."""
-        if not self.temperature:
-            return logits.argmax(-1)
-        scores = logits.float() / self.temperature
-        if self.top_k is not None and self.top_k < scores.shape[-1]:
-            least = scores.topk(self.top_k).values[:, -1:]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        probabilities = scores.softmax(-1)
-        if self.top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
-            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0)  # the likeliest always stays
-            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -99,18 +66,27 @@ def check(architecture: Architecture) -> KVFormat | None:
     return forms.pop()
 
 
-def layer_of(block: Block, ops: Ops, device: torch.device) -> Layer:
-    """A block's weights, fused and ready to run on ``device``."""
+#: What of a linear an engine holds: (role, weight, bias) -> (weight, bias). `parallel` cuts slices.
+Cut = Callable[[str, Weight, torch.Tensor | None], tuple[Weight, torch.Tensor | None]]
+
+
+def whole(role: str, weight: Weight, bias: torch.Tensor | None) -> tuple[Weight, torch.Tensor | None]:
+    """The `Cut` of an engine that is alone."""
+    return weight, bias
+
+
+def layer_of(block: Block, ops: Ops, device: torch.device, cut: Cut = whole) -> Layer:
+    """A block's weights, or what ``cut`` leaves of them, fused and ready to run on ``device``."""
 
     def fused(*roles: str) -> Projection:
-        linears: list[Any] = [block.linear(role) for role in roles]
-        joined = side_by_side([_to(linear.quantized, device) for linear in linears])
-        biases = [linear.bias for linear in linears]
+        linears: list[tuple[str, Any]] = [(role, block.linear(role)) for role in roles]
+        weights, biases = zip(*(cut(role, linear.quantized, linear.bias) for role, linear in linears), strict=True)
+        joined = side_by_side([_to(weight, device) for weight in weights])
         if all(bias is None for bias in biases):
             return ops.projection(joined, None)
         parts = [
-            torch.zeros(linear.out_features) if bias is None else bias.float()
-            for linear, bias in zip(linears, biases, strict=True)
+            torch.zeros(weight.shape[0]) if bias is None else bias.float()
+            for weight, bias in zip(weights, biases, strict=True)
         ]
         return ops.projection(joined, torch.cat([part.to(device) for part in parts]))
 
@@ -137,11 +113,11 @@ class Network:
     head_bias: torch.Tensor | None = None
 
 
-def network_of(architecture: Architecture, ops: Ops, device: torch.device) -> Network:
-    """A model's weights, fused and ready to run."""
+def network_of(architecture: Architecture, ops: Ops, device: torch.device, cut: Cut = whole) -> Network:
+    """A model's weights, or what ``cut`` leaves of its layers, fused and ready to run."""
     embedding, head = architecture.embedding.weight.detach().to(device, ops.dtype), architecture.head
     return Network(
-        [layer_of(block, ops, device) for block in architecture.blocks],
+        [layer_of(block, ops, device, cut) for block in architecture.blocks],
         embedding,
         gain(architecture.final_norm, ops.dtype, device),
         float(architecture.final_norm.variance_epsilon),  # type: ignore[arg-type]
@@ -195,7 +171,8 @@ class Step:
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # what other threads do, such as the one that watches over NCCL, is no part of the capture and may go on
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = compute(self.ids, batch)
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -241,6 +218,10 @@ class Engine:
         """Number of tokens."""
         return self.network.embedding.shape[0]
 
+    def agreed(self, number: float) -> float:
+        """A number that a clock decides, as all processes of an engine take it: itself; in `parallel` the first rank's."""
+        return number
+
     # -- the step ---------------------------------------------------------------------------------------------------------
 
     def _hidden(self, tokens: torch.Tensor, batch: Batch, prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,9 +231,9 @@ class Engine:
         y = residual = self.network.embedding[tokens]
         a = ops.norm(residual, layers[0].input_norm, eps)
         for i, layer in enumerate(layers):
-            y = ops.linear(attend(i, ops.linear(a, layer.qkv), batch, layer.window), layer.out)
+            y = ops.row_linear(attend(i, ops.linear(a, layer.qkv), batch, layer.window), layer.out)
             a, residual = ops.add_norm(y, residual, layer.mlp_norm, eps)
-            y = ops.linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
+            y = ops.row_linear(ops.silu_mul(ops.linear(a, layer.gate_up)), layer.down)
             if i + 1 < len(layers):
                 a, residual = ops.add_norm(y, residual, layers[i + 1].input_norm, eps)
         return y, residual
@@ -326,11 +307,16 @@ class Engine:
         return logits
 
     @torch.no_grad()
-    def decode_greedy(
-        self, sequences: Sequence[int], tokens: Sequence[int] | torch.Tensor, steps: int
+    def decode_ahead(
+        self,
+        sequences: Sequence[int],
+        tokens: Sequence[int] | torch.Tensor,
+        steps: int,
+        samplings: Sequence[Sampling | None] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``steps`` times `decode` with the likeliest token, without a wait for the device in between: int64 tokens
-        ``[steps, B]`` and whether a step's logits were NaN, bool ``[steps, B]``, both on the device.
+        """``steps`` times `decode` with the token that each sequence's sampling chooses (None, or none given: the
+        likeliest), without a wait for the device in between: int64 tokens ``[steps, B]`` and whether a step's logits were
+        NaN, bool ``[steps, B]``, both on the device.
 
         Raises as `decode` does, and ValueError where a sequence would exceed ``max_tokens``.
         """
@@ -342,6 +328,7 @@ class Engine:
             raise ValueError(f"steps: {steps} after {max(starts)} tokens exceed max_tokens = {self.max_tokens}")
         self.attend.reserve(sequences, [start + steps for start in starts])
         ids = ids.to(self.device).long()
+        draws = draws_of(samplings, self.vocabulary, self.device)
         found, spoilt = [], []
         captured = self.device.type == "cuda" and self.attend.idle is not None
         batch = batch_of(sequences, [1] * len(starts), starts, self.device)
@@ -350,9 +337,9 @@ class Engine:
                 logits = self._captured(len(sequences))(ids, batch)
             else:
                 logits = self._logits(*self._hidden(ids, batch, prompt=False))
-            best, ids = logits.max(-1)  # NaN is the largest of all
+            ids, bad = choose(logits, draws, batch.positions + 1)
             found.append(ids)
-            spoilt.append(best.isnan())
+            spoilt.append(bad)
             self.attend.advance(batch)
             batch = batch.next()
         for sequence in sequences:
@@ -396,11 +383,11 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int] | torch.Tensor],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stop: Sequence[int] = (),
     ) -> list[list[int]]:
         """Continue prompts of any lengths: the new tokens of each, at most ``max_new_tokens``, up to and with a token of
-        ``stop``.
+        ``stop``. Where tokens are drawn, each prompt has the seed after that of the one before it.
 
         Raises ValueError as `prefill` does, and for a prompt that leaves too little of ``max_tokens``.
         """
@@ -410,13 +397,15 @@ class Engine:
             raise ValueError(
                 f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens exceed max_tokens = {self.max_tokens}"
             )
-        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        ways = [replace(sampling, seed=sampling.seed + i) for i in range(len(prompts))]
         sequences, logits = self.prefill(prompts)
         found: list[list[int]] = [[] for _ in sequences]
         running = list(range(len(sequences)))
         try:
             while True:
-                tokens = sampling.choose(logits, generator).tolist()
+                draws = draws_of([ways[i] for i in running], self.vocabulary, self.device)
+                places = torch.tensor([self.lengths[sequences[i]] for i in running], device=self.device)
+                tokens = choose(logits, draws, places)[0].tolist()
                 for i, token in zip(running, tokens, strict=True):
                     found[i].append(token)
                 running = [i for i in running if len(found[i]) < max_new_tokens and found[i][-1] not in stop]

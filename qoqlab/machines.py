@@ -99,7 +99,8 @@ GPUS: dict[str, Gpu] = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shapes of a Llama-like decoder. ``tied``: embedding and head are one matrix."""
+    """Shapes of a Llama-like decoder. ``tied``: embedding and head are one matrix; ``qkv_bias``: q, k and v have biases;
+    ``window``: tokens that attention sees, if not all."""
 
     name: str
     layers: int
@@ -110,11 +111,15 @@ class Geometry:
     vocabulary: int
     head_dim: int = 128
     tied: bool = False
+    qkv_bias: bool = False
+    window: int | None = None
     shapes: dict[str, tuple[int, int]] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocabulary", "head_dim"):
             require_count(name, getattr(self, name), 1)
+        if self.window is not None:
+            require_count("window", self.window, 1)
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.heads} query heads cannot share {self.kv_heads} KV heads evenly")
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -139,6 +144,8 @@ class Geometry:
             config.vocab_size,
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             bool(config.tie_word_embeddings),
+            bool(getattr(config, "attention_bias", config.model_type == "qwen2")),
+            config.sliding_window if getattr(config, "use_sliding_window", hasattr(config, "sliding_window")) else None,
         )
 
     @property
@@ -158,12 +165,12 @@ MODELS: dict[str, Geometry] = {
     for model in (
         Geometry("Llama-3-8B", 32, 4096, 32, 8, 14336, 128256),
         Geometry("Llama-2-7B", 32, 4096, 32, 32, 11008, 32000),
-        Geometry("Mistral-7B", 32, 4096, 32, 8, 14336, 32000),
+        Geometry("Mistral-7B", 32, 4096, 32, 8, 14336, 32000, window=4096),
         Geometry("Llama-2-13B", 40, 5120, 40, 40, 13824, 32000),
         Geometry("Llama-30B", 60, 6656, 52, 52, 17920, 32000),
         Geometry("Yi-34B", 60, 7168, 56, 8, 20480, 64000),
         Geometry("Llama-2-70B", 80, 8192, 64, 8, 28672, 32000),
-        Geometry("Qwen1.5-72B", 80, 8192, 64, 64, 24576, 152064),
+        Geometry("Qwen1.5-72B", 80, 8192, 64, 64, 24576, 152064, qkv_bias=True),
         Geometry("Llama-3-70B", 80, 8192, 64, 8, 28672, 128256),
     )
 }

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from . import arithmetic, attention, engine, online, reference
-from .architecture import Block, describe
+from .architecture import Architecture, Block, describe
 from .attention import Mode
-from .cached_attention import KernelAttention, ReferenceAttention, Shape
+from .cached_attention import Attention, HeadNorms, KernelAttention, ReferenceAttention, Shape
 from .checks import require_count, require_enum
 from .engine import Engine
 from .grids import INT8, Grid
@@ -251,25 +252,41 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(floats.values()) + sum(m.storage_bytes() for m in quantized_layers)
 
 
-@torch.no_grad()
-def compile(
+@dataclass(frozen=True)
+class Setting:
+    """What an engine is made of, checked. ``kernels``: their package on a GPU, None on the CPU."""
+
+    architecture: Architecture
+    form: KVFormat | None
+    place: torch.device
+    dtype: torch.dtype
+    shape: Shape
+    kernels: ModuleType | None
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Most sequences, most tokens of one."""
+        return self.shape.max_batch, self.shape.max_tokens
+
+    def rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of all positions, where the engine runs."""
+        cos, sin = self.architecture.rotary(self.shape.max_tokens, self.dtype)
+        return cos.to(self.place), sin.to(self.place)
+
+    def norms(self) -> list[HeadNorms]:
+        """Norms of every layer's query and key heads."""
+        return [engine.head_norms(block, self.dtype, self.place) for block in self.architecture.blocks]
+
+
+def prepare(
     q: Any,
     device: str | torch.device = "cuda",
     max_batch: int = 64,
     max_tokens: int = 2048,
     dtype: torch.dtype | None = None,
     pages: int | None = None,
-) -> Engine:
-    """An `engine.Engine` that runs a quantised model: on the kernels where ``device`` is a GPU, on `reference` on the CPU.
-
-    ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as
-    "qoq-g128" and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of
-    activations, by default the model's own, but fp16 for an fp32 model on a GPU. ``pages``: of the cache, of `paged.PAGE`
-    tokens each; by default enough for all sequences at their longest.
-
-    Raises TypeError for another architecture or dtype; ValueError for a layer that engines cannot run, naming it;
-    RuntimeError where ``device`` is a GPU and the kernels (extra "cu13" or "cu12") or the GPU are missing.
-    """
+) -> Setting:
+    """Check what `compile` is asked for; arguments and errors are those of `compile`."""
     architecture = describe(q.model if hasattr(q, "recipe") else q)
     require_count("max_batch", max_batch, 1)
     require_count("max_tokens", max_tokens, 1)
@@ -286,11 +303,7 @@ def compile(
     first = architecture.blocks[0]
     shape = Shape(len(architecture.blocks), first.heads, first.kv_heads, first.head_dim, max_batch, max_tokens, pages)
     if not on_gpu:
-        cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
-        norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
-        attend = ReferenceAttention(shape, form, (cos, sin), norms, dtype)
-        plain = arithmetic.ReferenceOps(dtype)
-        return Engine(engine.network_of(architecture, plain, place), plain, attend, (max_batch, max_tokens))
+        return Setting(architecture, form, place, dtype, shape, None)
     if form != KVFormat():
         raise ValueError(f"q: keys and values in {form}; on a GPU an engine needs UINT4 per token, as in qoq-g128")
     for block in architecture.blocks:
@@ -306,22 +319,51 @@ def compile(
         )
     if place.index is None:
         place = torch.device("cuda", torch.cuda.current_device())
-    with torch.cuda.device(place):
-        cos, sin = (t.to(place) for t in architecture.rotary(max_tokens, dtype))
-        norms = [engine.head_norms(block, dtype, place) for block in architecture.blocks]
-        fast = KernelAttention(package, shape, (cos, sin), norms)
-        ops = arithmetic.KernelOps(package, dtype)
-        return Engine(engine.network_of(architecture, ops, place), ops, fast, (max_batch, max_tokens))
+    return Setting(architecture, form, place, dtype, shape, package)
+
+
+@torch.no_grad()
+def compile(
+    q: Any,
+    device: str | torch.device = "cuda",
+    max_batch: int = 64,
+    max_tokens: int = 2048,
+    dtype: torch.dtype | None = None,
+    pages: int | None = None,
+) -> Engine:
+    """An `engine.Engine` that runs a quantised model: on the kernels where ``device`` is a GPU, on `reference` on the CPU.
+
+    ``q``: a `pipeline.QuantizedModel` (or its ``.model``) of a W4A8 recipe with keys and values per token, such as
+    "qoq-g128" and "qoq-per-channel". ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each. ``dtype``: of
+    activations, by default the model's own, but fp16 for an fp32 model on a GPU. ``pages``: of the cache, of `paged.PAGE`
+    tokens each; by default enough for all sequences at their longest. Several GPUs: `parallel.compile`.
+
+    Raises TypeError for another architecture or dtype; ValueError for a layer that engines cannot run, naming it;
+    RuntimeError where ``device`` is a GPU and the kernels (extra "cu13" or "cu12") or the GPU are missing.
+    """
+    made = prepare(q, device, max_batch, max_tokens, dtype, pages)
+    ops: arithmetic.Ops
+    attend: Attention
+    if made.kernels is None:
+        ops = arithmetic.ReferenceOps(made.dtype)
+        attend = ReferenceAttention(made.shape, made.form, made.rotary(), made.norms(), made.dtype)
+        return Engine(engine.network_of(made.architecture, ops, made.place), ops, attend, made.limits)
+    with torch.cuda.device(made.place):
+        ops = arithmetic.KernelOps(made.kernels, made.dtype)
+        attend = KernelAttention(made.kernels, made.shape, made.rotary(), made.norms())
+        return Engine(engine.network_of(made.architecture, ops, made.place), ops, attend, made.limits)
 
 
 __all__ = [
     "Mode",
     "QuantLinear",
+    "Setting",
     "compile",
     "install",
     "kernels",
     "layer_from",
     "mode",
+    "prepare",
     "quantized",
     "set_mode",
     "take_bias",

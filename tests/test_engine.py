@@ -12,11 +12,11 @@ from qoqlab.allocator import PagesExhausted
 from qoqlab.arithmetic import kernel_problem, side_by_side
 from qoqlab.attention import Mode
 from qoqlab.cached_attention import causal
-from qoqlab.engine import Sampling
 from qoqlab.hf import KV4Cache
 from qoqlab.kv import KVFormat
 from qoqlab.paged import PAGE, PagedCache
 from qoqlab.recipes import get
+from qoqlab.sampling import Sampling
 from qoqlab.schemes import Scheme
 
 from .families import FAMILIES, LLAMA3_ROPE, build, cast_parameters, only, random_ids, wide
@@ -260,37 +260,10 @@ def test_causal_attention_of_a_prompt(window: int | None) -> None:
 # -- sampling -------------------------------------------------------------------------------------------------------------
 
 
-def test_sampling_repeats_with_its_seed_and_follows_the_probabilities() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    many = logits.expand(20000, 4)
-    draw = lambda **options: Sampling(**options).choose(many, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000  # noqa: E731
-    # 20000 draws: a standard deviation of at most 0.0036
-    torch.testing.assert_close(draw(temperature=1.0), logits[0].softmax(-1), rtol=0, atol=0.02)
-    torch.testing.assert_close(draw(temperature=2.0), (logits[0] / 2).softmax(-1), rtol=0, atol=0.02)
-    assert draw(temperature=1.0, top_k=2)[:2].sum() == 0
-    assert draw(temperature=1.0, top_p=0.6)[:3].sum() == 0  # the likeliest alone holds 0.64
-    assert draw(temperature=1.0, top_p=0.7)[1:3].tolist()[0] == 0
-    assert Sampling().choose(logits).tolist() == [3]
-
-
 def test_sampled_generation_repeats(engine) -> None:
     first = engine.generate(PROMPTS[:2], 6, Sampling(1.0, seed=3))
     assert engine.generate(PROMPTS[:2], 6, Sampling(1.0, seed=3)) == first
     assert engine.generate(PROMPTS[:2], 6, Sampling(1.0, seed=4)) != first
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1.0}, "temperature: expected a number of at least 0"),
-        ({"temperature": float("nan")}, "temperature: expected"),
-        ({"top_k": 0}, "top_k: expected a positive integer"),
-        ({"top_p": 0.0}, "top_p: expected a number with 0 < top_p <= 1"),
-    ],
-)
-def test_bad_sampling_is_named(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sampling(**options)
 
 
 # -- what cannot be compiled ----------------------------------------------------------------------------------------------

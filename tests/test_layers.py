@@ -20,7 +20,7 @@ LAYERS = [
     ["reference", "paged", "arithmetic", "cached_attention"],
     ["schemes", "clipping", "gptq"],
     ["architecture", "online", "attention", "capture", "offload", "bundled"],
-    ["engine", "runtime", "steps", "baselines", "outliers", "recipes", "resume"],
+    ["sampling", "engine", "runtime", "parallel", "steps", "baselines", "outliers", "recipes", "resume"],
     ["pipeline"],
     ["rebuild", "engine_files", "qserve_format", "deepcompressor", "compressed_tensors"],
     ["formats", "hf", "hf_quantizer", "evaluate"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qoqlab import quantize, runtime
-from qoqlab.engine import Sampling
+from qoqlab.sampling import Sampling
 from qoqlab.serve.requests import Finish, Request
 from qoqlab.serve.scheduler import Policy
 from qoqlab.serve.server import Server
@@ -55,13 +55,17 @@ def test_preemption_changes_no_token(quantized, expected):
     assert server.engine.attend.cache.free_pages == 3
 
 
-def test_sampling_is_the_requests_own(quantized):
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_sampling_is_the_requests_own(quantized, ahead):
+    """The tokens of `generate`, in whatever company, preempted or not, however many steps are taken in a row."""
     sampled = Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=4)
-    alone = Server(engine_of(quantized)).run([Request(PROMPTS[2], 9, sampling=sampled)])[0].tokens
-    others = [Request(p, 9, sampling=Sampling(1.0, seed=i)) for i, p in enumerate(PROMPTS)]
-    server = Server(engine_of(quantized, pages=3))
+    alone = engine_of(quantized).generate([PROMPTS[2]], 9, sampled)[0]
+    ways = (Sampling(1.0, seed=4), None, Sampling(0.5, top_p=0.5, seed=-1), Sampling(seed=9), Sampling(2.0, top_k=3))
+    others = [Request(p, 9, sampling=way) for p, way in zip(PROMPTS, ways, strict=True)]
+    server = Server(engine_of(quantized, pages=3), ahead=ahead)
     assert server.run([others[2], Request(PROMPTS[2], 9, sampling=sampled), *others])[1].tokens == alone
     assert sum(p.preemptions for p in server.requests.values()) >= 1 and len(set(alone)) > 1
+    assert max(row["repeat"] for row in server.steps) == ahead
 
 
 def test_one_token_and_stop(quantized, expected):
@@ -163,4 +167,4 @@ def test_memory_stays_flat(quantized):
     finally:
         tracemalloc.stop()
     assert max(sizes[len(sizes) // 2 :]) - max(sizes[: len(sizes) // 2]) < 100_000
-    assert server.engine.attend.cache.free_pages == 4 and not server._sequences and not server._generators
+    assert server.engine.attend.cache.free_pages == 4 and not server._sequences

@@ -2,11 +2,12 @@
 
     python data/benchmarks/replay.py RECORD.json
 
-The record holds ``requests``: a list of ``arrival``, ``prompt``, ``output``, ``first`` and ``finish`` (seconds from one
-clock, and tokens), and ``sequences`` and ``tokens``: how many ran at once at most, and how many tokens the cache had room
-for. With ``steps`` (``batch``, ``cached``, ``seconds``) and ``prefills`` (``prompts``, ``seconds``) times are fitted on
-the run's own steps, otherwise predicted for ``--model`` and ``--precision`` on an H200. Prints mean and 95th percentile
-of the time to the first token and to the last: measured, simulated, error. The target is 15 %.
+The record is one of ``python -m qoqlab.serve.bench --arrivals``, or holds the same: ``requests``, a list of ``arrival``,
+``prompt``, ``output``, ``first`` and ``finish`` (seconds from one clock, and tokens); ``sequences`` and ``tokens``, how many
+ran at once at most and how many tokens the cache had room for. With ``steps`` (``batch``, ``cached``, ``seconds``) and
+``prefills`` (``prompts``, ``seconds``) times are fitted on the run's own steps, otherwise predicted for ``--model`` and
+``--precision`` on an H200. Prints mean and 95th percentile of the time to the first token and to the last: measured,
+simulated, error. The target is 15 %.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--precision", default="W4A8KV4", choices=PRECISIONS)
     options = parser.parse_args()
     record = json.loads(options.record.read_text(encoding="utf-8"))
+    record = record["results"][0] if "results" in record else record
     server = surface_of(record, options.model, options.precision)
     print(server)
     print(fleet.replay(pd.DataFrame(record["requests"]), server).round(4).to_string(index=False))

@@ -10,10 +10,20 @@ simulator (``NUMBA_ENABLE_CUDASIM=1`` before the import).
 
 from .attention import kv4_attention
 from .cache import PagedKV4, PagedKV8, PagedKV16
-from .fused import add_rms_norm, add_rms_norm_s8, attend_own_s8, rms_norm, rms_norm_s8, rope_kv4_append, silu_mul_s8
+from .fused import (
+    add_rms_norm,
+    add_rms_norm_s8,
+    attend_own,
+    attend_own_s8,
+    rms_norm,
+    rms_norm_s8,
+    rope_kv4_append,
+    silu_mul,
+    silu_mul_s8,
+)
 from .lanes import lane_map
 from .layout import Activations, PackedWeight, pack_weight, unpack
-from .matmul import plan, quantize_activations, w4a8_gemm
+from .matmul import plan, quantize_activations, scale_sums, w4a8_gemm, w4a8_sums
 from .plan import Plan
 
 __all__ = [
@@ -25,6 +35,7 @@ __all__ = [
     "Plan",
     "add_rms_norm",
     "add_rms_norm_s8",
+    "attend_own",
     "attend_own_s8",
     "kv4_attention",
     "lane_map",
@@ -34,7 +45,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_s8",
     "rope_kv4_append",
+    "scale_sums",
+    "silu_mul",
     "silu_mul_s8",
     "unpack",
     "w4a8_gemm",
+    "w4a8_sums",
 ]

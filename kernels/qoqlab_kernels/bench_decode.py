@@ -3,55 +3,38 @@
     python -m qoqlab_kernels.bench decode --json data/benchmarks/decode.json
 
 The geometry is Llama-3-8B's; weights are random and made on the GPU. Both sides run as one CUDA graph: here the W4A8 GEMMs,
-the fused element-wise kernels and KV4 attention; there torch's fp16 linears (cuBLAS), `scaled_dot_product_attention` on a
-static cache and torch's element-wise operations. ``gemm`` and ``attention`` are graphs of these kernels alone; ``bound`` is
-the least bytes of weights, head and cache over the bandwidth of a large copy, or the GEMMs' operations over the integer rate
-if longer.
+the fused element-wise kernels and KV4 attention; there `torch_model`'s fp16: cuBLAS, `scaled_dot_product_attention` on a
+static cache, and torch.compile's fused kernels in between. ``gemm`` and ``attention`` are graphs of these kernels alone;
+``bound`` is the least bytes of weights, head and cache over the bandwidth of a large copy, or the GEMMs' operations over the
+integer rate if longer.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 import qoqlab_kernels
 from qoqlab import progressive
 from qoqlab.arithmetic import KernelOps, Projection
 from qoqlab.cached_attention import Batch, KernelAttention, Shape, batch_of
 from qoqlab.engine import Engine, Layer, Network, Step
+from qoqlab.machines import MODELS, Geometry
 
-from . import gemm, matmul, measure
+from . import gemm, matmul, measure, torch_model
+from .torch_model import EPS, GROUP
 
 MODULE = "qoqlab_kernels.bench"
 BATCHES = (1, 16, 64, 128, 256)
-EPS, VOCABULARY, GROUP = 1e-5, 128256, 128
 DTYPE = torch.float16
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a model."""
-
-    layers: int = 32
-    hidden: int = 4096
-    inner: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    vocabulary: int = VOCABULARY
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """(N, K) of a layer's GEMMs: qkv, out, gate and up, down."""
-        qkv = (self.heads + 2 * self.kv_heads) * self.head_dim
-        query = self.heads * self.head_dim
-        return (qkv, self.hidden), (self.hidden, query), (2 * self.inner, self.hidden), (self.hidden, self.inner)
+LLAMA = MODELS["Llama-3-8B"]
 
 
 def _weight(n: int, k: int) -> torch.Tensor:
@@ -65,7 +48,7 @@ def _rotary(tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_engine(g: Geometry, batch: int, context: int) -> tuple[Engine, Batch]:
     """An engine of random weights whose ``batch`` sequences have ``context - 1`` tokens each, and its next step."""
-    packed = [qoqlab_kernels.pack_weight(progressive.quantize(_weight(n, k), GROUP)) for n, k in g.linears]
+    packed = [qoqlab_kernels.pack_weight(progressive.quantize(_weight(n, k), GROUP)) for n, k in g.shapes.values()]
     ones, layers = torch.ones(g.hidden, device="cuda", dtype=DTYPE), []
     for _ in range(g.layers):
         own = [Projection(replace(w, units=w.units.clone()), None) for w in packed]
@@ -145,51 +128,13 @@ def time_engine(engine: Engine, batch: Batch) -> dict[str, float]:
     }
 
 
-def fp16_time(g: Geometry, batch: int, context: int) -> float:
-    """Microseconds of the fp16 step, with the faster of torch's attention kernels."""
-    weights = [[_weight(n, k) for n, k in g.linears] for _ in range(g.layers)]
-    embedding, head = _weight(g.vocabulary, g.hidden), _weight(g.vocabulary, g.hidden)
-    ones = torch.ones(g.hidden, device="cuda", dtype=DTYPE)
-    cache = torch.randn(g.layers, 2, batch, g.kv_heads, context, g.head_dim, device="cuda", dtype=DTYPE)
-    cos, sin = (t[context - 1].repeat(2) for t in _rotary(context, g.head_dim))
-    ids = torch.randint(g.vocabulary, (batch,), device="cuda")
-    sizes = [g.heads, g.kv_heads, g.kv_heads]
-
-    def turn(x: torch.Tensor) -> torch.Tensor:
-        low, high = x.chunk(2, -1)
-        return x * cos + torch.cat([-high, low], -1) * sin
-
-    def step() -> torch.Tensor:
-        x = embedding[ids]
-        for i, (qkv, out, gate_up, down) in enumerate(weights):
-            h = linear(rms_norm(x, (g.hidden,), ones, EPS), qkv).unflatten(-1, (-1, g.head_dim))
-            q, k, v = h.split(sizes, 1)
-            cache[i, 0, :, :, -1], cache[i, 1, :, :, -1] = turn(k), v
-            seen = scaled_dot_product_attention(turn(q)[:, :, None], cache[i, 0], cache[i, 1], enable_gqa=True)
-            x = x + linear(seen.flatten(1), out)
-            gate, up = linear(rms_norm(x, (g.hidden,), ones, EPS), gate_up).chunk(2, -1)
-            x = x + linear(silu(gate) * up, down)
-        return linear(rms_norm(x, (g.hidden,), ones, EPS), head).float()
-
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    times = []
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        try:
-            with sdpa_kernel(backend):
-                times.append(replay_time(capture(step)))
-        except RuntimeError:  # not built in, or not for these shapes
-            torch.cuda.synchronize()
-    if not times:
-        raise measure.Unavailable("torch has no fused attention here to compare with")
-    return min(times)
-
-
 def bound_us(g: Geometry, batch: int, context: int, ceilings: measure.Ceilings) -> float:
     """The least microseconds of a step."""
-    moved = sum(measure.gemm_bytes(batch, n, k, GROUP) for n, k in g.linears) * g.layers + 2 * g.vocabulary * g.hidden
+    moved = (
+        sum(measure.gemm_bytes(batch, n, k, GROUP) for n, k in g.shapes.values()) * g.layers + 2 * g.vocabulary * g.hidden
+    )
     moved += g.layers * batch * context * g.kv_heads * (g.head_dim + 8)
-    ops = sum(measure.gemm_ops(batch, n, k) for n, k in g.linears) * g.layers
+    ops = sum(measure.gemm_ops(batch, n, k) for n, k in g.shapes.values()) * g.layers
     return ceilings.bound(moved, ops)
 
 
@@ -203,7 +148,7 @@ def measured(
         del engine, step
         matmul._workspaces.clear()
         torch.cuda.empty_cache()
-        fp16 = fp16_time(g, batch, context) if peers else None
+        fp16 = torch_model.step_time(g, "fp16", batch, context).us if peers else None
         torch.cuda.empty_cache()
         bound = bound_us(g, batch, context, ceilings)
         yield {
@@ -227,7 +172,9 @@ def compile_all(g: Geometry, batches: Sequence[int]) -> None:
     """Compile the GEMMs that a run needs beforehand, in parallel."""
     capability, processors, gpu = matmul._gpu(torch.cuda.current_device())
     form = gemm.Form(128 // GROUP)
-    plans = [(matmul.plan_for(m, n, k, form, capability, processors, gpu), form) for m in batches for n, k in g.linears]
+    plans = [
+        (matmul.plan_for(m, n, k, form, capability, processors, gpu), form) for m in batches for n, k in g.shapes.values()
+    ]
     measure.compile_ahead(plans, capability)
 
 
@@ -249,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(str(error))
     if known.context < 2 or known.layers < 1:
         parser.error("--context is at least 2, --layers at least 1")
-    command, g = measure.command_line(MODULE, ["decode", *arguments]), Geometry(layers=known.layers)
+    command, g = measure.command_line(MODULE, ["decode", *arguments]), replace(LLAMA, layers=known.layers)
 
     def work() -> None:
         capability = measure.require_gpu()

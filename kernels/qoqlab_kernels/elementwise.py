@@ -103,11 +103,12 @@ def code(y, high, low):
     return u32(ptx.as_int(ptx.add(clamped, f32(exact.ROUNDING))))
 
 
-def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable]:
-    """How a token ends, as two device functions of a block of ``threads``.
+def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable, Callable]:
+    """How a token ends, as three device functions of a block of ``threads``.
 
-    ``quantize(values, tiles, tokens, token, padded, maxima, sums, thread)``: a token's 16-bit numbers in registers -> INT8
-    codes in the GEMM's order, their sum and scale; ``maxima``, ``sums``: 32 words of shared memory each.
+    ``largest(values, maxima, thread)``: the largest absolute value of a token's 16-bit numbers in registers.
+    ``write(values, best, tiles, tokens, token, padded, sums, thread)``: the numbers as INT8 codes in the GEMM's order, their
+    sum and scale, of which ``best`` is 127. ``maxima``, ``sums``: 32 words of shared memory each.
     ``fill(tiles, tokens, token, padded, thread)``: zeros, for what fills up the last group of 8 tokens.
     """
     unpack, larger = PAIRS[kind].unpack, PAIRS[kind].largest
@@ -143,25 +144,25 @@ def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable]:
     def plus(a, b):
         return i32(a + b)
 
-    largest = ptx.fold_quads(largest_of_piece, pieces, larger)
+    largest_of_thread = ptx.fold_quads(largest_of_piece, pieces, larger)
     write_codes = ptx.fold_quads(codes_of_piece, pieces, plus)
 
     @device
-    def block_largest(word, shared, warp, lane):
+    def largest(values, maxima, thread):
+        word = largest_of_thread(values)
         low, high = unpack(larger(word, word))
         best = ptx.largest_of_warp(u32(ptx.as_int(ptx.maximum(low, high))))  # bits of numbers >= 0 are in their order
-        if lane == u32(0):
-            shared[warp] = best
+        if thread & u32(31) == u32(0):
+            maxima[thread >> u32(5)] = best
         ptx.named_barrier(u32(0), u32(threads))
-        best = shared[0]
+        best = maxima[0]
         for w in range(1, warps):
-            best = max(best, shared[w])
+            best = max(best, maxima[w])
         return ptx.as_float(best)
 
     @device
-    def quantize(values, tiles, tokens, token, padded, maxima, sums, thread):
+    def write(values, best, tiles, tokens, token, padded, sums, thread):
         warp, lane = u32(thread >> u32(5)), u32(thread & u32(31))
-        best = block_largest(largest(values), maxima, warp, lane)
         scale = ptx.round_half(ptx.divide(best, f32(127.0)))
         if scale == f32(0.0):
             scale = f32(1.0)
@@ -185,21 +186,38 @@ def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable]:
         if thread == u32(0):
             ptx.stg2(ptx.address(tokens) + u64(token) * u64(8), u32(0), u32(0))
 
-    return quantize, fill
+    return largest, write, fill
 
 
-def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = True, overlap: bool = False) -> Program:
+def storer(k: int, threads: int) -> Callable:
+    """Device function ``store(values, at, thread)``: a token's 16-bit numbers, from registers to memory."""
+    filled, pieces = k // exact.PIECE, blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, threads)
+
+    @device
+    def store_piece(j, a0, a1, a2, a3, at, thread):
+        piece = u32(u32(j * threads) + thread)
+        if (j + 1) * threads <= filled or piece < u32(filled):
+            ptx.stg4(at + u64(piece) * u64(PIECE_BYTES), a0, a1, a2, a3)
+
+    return ptx.each_quad(store_piece, pieces)
+
+
+def elementwise(
+    operation: str, kind: str, k: int, threads: int, codes: bool = True, overlap: bool = False, given: bool = False
+) -> Program:
     """One of `OPERATIONS` on tokens of ``k`` outputs of a type in `PAIRS`, by blocks of ``threads`` (a power of two).
 
-    ``codes``: INT8 in the GEMM's order; otherwise the 16-bit numbers themselves, ``[m, k]``. ``overlap``: launched while the
-    previous kernel ends (compute capability 9.0).
+    ``codes``: INT8 in the GEMM's order; otherwise the 16-bit numbers themselves, ``[m, k]``, and, for "silu", the bits of
+    the largest of every token in ``tokens``. ``overlap``: launched while the previous kernel ends (compute capability 9.0).
+    ``given``, for "plain": largest numbers come as fp32 ``[m]`` in place of gains, since tokens are slices of longer ones.
     """
     pair = PAIRS[kind]
     unpack, pack, times, sum_of = pair.unpack, pair.pack, pair.multiply, pair.add
     pieces, filled, warps = blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, threads), k // exact.PIECE, threads // 32
-    quantize, fill = int8_writers(kind, k, threads)
+    largest, write, fill = int8_writers(kind, k, threads)
     gated, norm, adding = operation == "silu", "norm" in operation, operation == "add_norm"
-    row_bytes = PIECE_BYTES * filled * (2 if gated else 1)
+    searching, noting = not given and (codes or gated), gated and not codes
+    row_bytes, result_bytes = PIECE_BYTES * filled * (2 if gated else 1), PIECE_BYTES * filled
     held = pieces <= HELD  # the second operand is loaded together with the first, as far as registers reach
     none = ptx.zeros(4 * pieces)
 
@@ -215,12 +233,6 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
         piece = u32(u32(j * threads) + thread)
         if piece < u32(filled) and piece & u32(7) == u32(0):  # a line of the cache is 128 bytes
             ptx.prefetch(at + u64(piece) * u64(PIECE_BYTES))
-
-    @device
-    def store_piece(j, a0, a1, a2, a3, at, thread):
-        piece = u32(u32(j * threads) + thread)
-        if (j + 1) * threads <= filled or piece < u32(filled):
-            ptx.stg4(at + u64(piece) * u64(PIECE_BYTES), a0, a1, a2, a3)
 
     @device
     def add_piece(j, a0, a1, a2, a3, b0, b1, b2, b3):
@@ -276,7 +288,7 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
         b0, b1, b2, b3 = load_piece(j, a0, a1, a2, a3, at, thread)
         return silu_piece(j, a0, a1, a2, a3, b0, b1, b2, b3)
 
-    load, store = ptx.map_quads(load_piece, pieces), ptx.each_quad(store_piece, pieces)
+    load, store = ptx.map_quads(load_piece, pieces), storer(k, threads)
     fetch = ptx.each_quad(fetch_piece, pieces)
     added, normed, gate = (ptx.zip_quads(step, pieces) for step in (add_piece, norm_piece, silu_piece))
     normed_loading, gate_loading = (ptx.map_quads(step, pieces) for step in (norm_loading, silu_loading))
@@ -325,10 +337,17 @@ def elementwise(operation: str, kind: str, k: int, threads: int, codes: bool = T
                     values = normed(values, gains, factor)
                 else:
                     values = normed_loading(values, factor, ptx.address(gain), thread)
+            best = f32(0.0)
+            if searching:
+                best = largest(values, maxima, thread)
+            if given:
+                best = ptx.as_float(ptx.ldr1(ptx.address(gain) + u64(token) * u64(4)))
             if codes:
-                quantize(values, tiles, tokens, token, padded, maxima, code_sums, thread)
+                write(values, best, tiles, tokens, token, padded, code_sums, thread)
             else:
-                store(values, ptx.address(tiles) + row, thread)
+                store(values, ptx.address(tiles) + u64(token) * u64(result_bytes), thread)
+                if noting and thread == u32(0):
+                    ptx.stg1(ptx.address(tokens) + u64(token) * u64(4), u32(ptx.as_int(best)))
         elif codes:
             fill(tiles, tokens, token, padded, thread)
 

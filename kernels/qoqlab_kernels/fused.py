@@ -68,6 +68,17 @@ def silu_mul_s8(gate_up: torch.Tensor) -> Activations:
     return _launch("silu", gate_up, None, None, 1.0)[0]
 
 
+def silu_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(``silu(gate) * up``, ``[M, I]`` in gate_up's dtype; the largest absolute value of every token, fp32 [M]).
+
+    For tokens of which ``gate_up`` holds a slice: `quantize_activations` takes the largest of all slices, once that is
+    known. As `silu_mul_s8` otherwise.
+    """
+    require_tensor("gate_up", gate_up)
+    _require_matrix("gate_up", gate_up, 64)
+    return _launch("silu", gate_up, None, None, 1.0, codes=False)
+
+
 def rope_kv4_append(
     cache: PagedKV4,
     layer: int,
@@ -144,6 +155,42 @@ def attend_own_s8(
     Equals `qoqlab.reference.attend_own_s8` bit for bit; NaN and infinity are not looked for. Raises TypeError or ValueError
     for another dtype, shape or device.
     """
+    options = _check_join(seen, lse, query, key, value, scale, softcap)
+    if torch.compiler.is_compiling():
+        tiles, tokens = _own_operator(seen, lse, query, key, value, *options)
+        return Activations(tiles, tokens, seen.shape[0], seen.shape[1] * seen.shape[2])
+    m, k, tiles, tokens = _join(seen, lse, query, key, value, options)
+    return Activations(tiles, tokens, m, k)
+
+
+def attend_own(
+    seen: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(What `attend_own_s8` quantises, ``[M, Hq D]`` in seen's dtype; the largest absolute value of every token, fp32 [M]).
+
+    For tokens of whose heads others hold the rest, see `silu_mul`.
+    """
+    options = _check_join(seen, lse, query, key, value, scale, softcap)
+    m, k, joined, largest = _join(seen, lse, query, key, value, options, codes=False)
+    return joined.view(m, k), largest
+
+
+def _check_join(
+    seen: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[float, float | None]:
+    """Check the operands of `attend_own_s8`: (scale, soft cap)."""
     for name, x in (("seen", seen), ("query", query), ("key", key), ("value", value)):
         require_tensor(name, x)
         if x.dtype not in DTYPES or x.dtype != seen.dtype:
@@ -168,11 +215,7 @@ def attend_own_s8(
         if number is not None:
             require_positive(option, number)
     _require_place("seen", seen)
-    scale = dim**-0.5 if scale is None else scale
-    if torch.compiler.is_compiling():
-        tiles, tokens = _own_operator(seen, lse, query, key, value, scale, softcap)
-        return Activations(tiles, tokens, m, count * dim)
-    return _join(seen, lse, query, key, value, (scale, softcap))
+    return dim**-0.5 if scale is None else scale, softcap
 
 
 def _join(
@@ -182,24 +225,29 @@ def _join(
     key: torch.Tensor,
     value: torch.Tensor,
     options: tuple[float, float | None],
-) -> Activations:
-    """Launch `attend_own_s8`, whose operands are checked. ``options``: scale, soft cap."""
+    codes: bool = True,
+) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+    """Launch `attend_own_s8`, or without ``codes`` `attend_own`, whose operands are checked: M, K, and its two results.
+    ``options``: scale, soft cap."""
     (m, heads, dim), kv_heads, (scale, softcap) = seen.shape, key.shape[1], options
     k, padded = heads * dim, blocks(m, 8) * 8
     if value.stride()[1:] != (dim, 1) or value.stride(0) % exact.PIECE or value.data_ptr() % 16:
         value = value.clone(memory_format=torch.contiguous_format)
     row = value.stride(0)
     value = value.as_strided(((m - 1) * row + kv_heads * dim,), (1,))  # from the first token to the end of the last
-    tiles, tokens = _empty(seen, m, k)
-    arrays = [_aligned(seen), lse.contiguous(), _aligned(query), _aligned(key), value, tiles, tokens]
+    if codes:
+        made, constants_of_tokens = _empty(seen, m, k)
+    else:
+        made, constants_of_tokens = seen.new_empty(m * k), seen.new_empty(m, dtype=torch.float32)
+    arrays = [_aligned(seen), lse.contiguous(), _aligned(query), _aligned(key), value, made, constants_of_tokens]
     capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(seen.device.index)[:2]
     if ptx.SIMULATED:
         arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
     threads = elementwise.threads_for(m, k, processors)
-    constants = (KINDS[seen.dtype], heads, kv_heads, dim, softcap is not None, threads, capability >= (9, 0))
+    constants = (KINDS[seen.dtype], heads, kv_heads, dim, softcap is not None, threads, capability >= (9, 0), codes)
     numbers = [m, padded, row, _bits(scale), _bits(softcap or 0.0)]
-    _run(own_token.attend_own, constants, (padded, 1, 1), [*arrays, *numbers])
-    return Activations(tiles, tokens, m, k)
+    _run(own_token.attend_own, constants, (padded if codes else m, 1, 1), [*arrays, *numbers])
+    return m, k, made, constants_of_tokens
 
 
 def _require_matrix(name: str, x: torch.Tensor, multiple: int) -> None:
@@ -258,11 +306,13 @@ def _launch(
     eps: float,
     codes: bool = True,
 ) -> tuple:
-    """(activations, or 16-bit numbers without ``codes``; the sum, None without a residual)."""
+    """(activations, or 16-bit numbers without ``codes``; the sum, None without a residual, or for "silu" without ``codes``
+    the largest of every token)."""
     m, k = x.shape[0], x.shape[1] // (2 if operation == "silu" else 1)
     units, padded = blocks(k, UNIT_K), blocks(m, 8) * 8
     x = _aligned(x)
-    tokens = torch.empty(padded, 2, dtype=torch.int32, device=x.device)
+    largest = operation == "silu" and not codes
+    tokens = torch.empty(m if largest else padded, 1 if largest else 2, dtype=torch.int32, device=x.device)
     if codes:
         out = torch.empty(units, padded, UNIT_K, dtype=torch.int8, device=x.device)
     else:
@@ -281,6 +331,8 @@ def _launch(
         arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
     constants = (operation, KINDS[x.dtype], k, elementwise.threads_for(m, k, processors), codes, capability >= (9, 0))
     _run(elementwise.elementwise, constants, (padded if codes else m, 1, 1), [*arrays, m, padded, _bits(eps)])
+    if largest:
+        return out, tokens.view(torch.float32)[:, 0]
     return Activations(out, tokens, m, k) if codes else out, total
 
 

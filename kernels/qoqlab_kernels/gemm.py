@@ -55,13 +55,15 @@ class Form:
     """What a kernel is compiled for besides its sizes.
 
     ``groups`` of K in a unit of 128 (0: per channel); ``scaled``: per-channel zeros are fp16 numbers, not codes; ``bfloat``:
-    results in bf16 instead of fp16; ``bias``: fp32 bias of every output is added.
+    results in bf16 instead of fp16; ``bias``: fp32 bias of every output is added. ``raw``: what several GPUs add up, int32
+    sums less integer zeros, no scale or bias in them.
     """
 
     groups: int
     scaled: bool = False
     bfloat: bool = False
     bias: bool = False
+    raw: bool = False
 
     @property
     def unit(self) -> int:
@@ -132,10 +134,28 @@ def epilogue(form: Form) -> Callable:
     return finish
 
 
+def less_zero(form: Form) -> Callable:
+    """Device function: int32 accumulator -> what the results of several GPUs are summed from, see `Form`."""
+    scaled = form.scaled
+
+    @device
+    def rest(total, token_sum, zero):
+        if scaled:
+            return u32(total)
+        return u32(total - i32(token_sum * i32(zero)))
+
+    return rest
+
+
 def storer(form: Form) -> Callable:
     """Device function that finishes and stores one output element; v1 to v3 use it."""
-    finish, biased = epilogue(form), form.bias
+    finish, biased, rest = epilogue(form), form.bias, less_zero(form)
     pack = ptx.pack_bfloat if form.bfloat else ptx.pack_half
+
+    @device
+    def store_raw(total, tokens, rows, bias, out, token, row, n):
+        place = u64(token) * u64(n) + u64(row)
+        ptx.stg1(ptx.address(out) + place * u64(4), rest(total, i32(tokens[2 * token]), rows[4 * row + 1]))
 
     @device
     def store(total, tokens, rows, bias, out, token, row, n):
@@ -146,7 +166,7 @@ def storer(form: Form) -> Callable:
         y = finish(total, i32(tokens[2 * token]), ptx.as_float(tokens[2 * token + 1]), scale, zero, b)
         out[token * n + row] = types.uint16(pack(y, f32(0.0)) & u32(0xFFFF))
 
-    return store
+    return store_raw if form.raw else store
 
 
 # -- v1: one thread per output element ------------------------------------------------------------------------------------
@@ -387,7 +407,7 @@ def writer(tokens: int, form: Form, store: Callable) -> Callable:
     """Device function: 128 threads bring their accumulators (64 outputs x ``tokens``) through shared memory to the result.
 
     32 tokens at a time, in two buffers by turns: finish, convert, transpose with ``store``, then 16-byte stores, eight
-    threads to a row of 64 outputs.
+    threads to a row of 64 outputs. Raw sums go without a detour.
     """
     chunk = min(tokens, 32)
     finish, biased = epilogue(form), form.bias
@@ -414,6 +434,33 @@ def writer(tokens: int, form: Form, store: Callable) -> Callable:
 
     each = ptx.each_quad(eight_tokens, tokens // 8)
 
+    rest = less_zero(form)
+
+    @device
+    def eight_raw(j, c0, c1, c2, c3, zero0, zero1, constants, thread, at, n, left):
+        pair = u32(thread & u32(3))
+        t = ptx.lds4(constants + u32(j * 64) + pair * u32(16))
+        token = u32(u32(j * 8) + pair * u32(2))
+        line = at + u64(token) * u64(n) * u64(4)
+        if token < left:
+            ptx.stg1(line, rest(c0, i32(t[0]), zero0))
+            ptx.stg1(line + u64(32), rest(c2, i32(t[0]), zero1))
+        if token + u32(1) < left:
+            ptx.stg1(line + u64(n) * u64(4), rest(c1, i32(t[2]), zero0))
+            ptx.stg1(line + u64(n) * u64(4) + u64(32), rest(c3, i32(t[2]), zero1))
+
+    each_raw = ptx.each_quad(eight_raw, tokens // 8)
+
+    @device
+    def write_raw(acc, block, first_token, constants, rows, bias, out, buffer, thread, barrier, m, n):
+        """From registers to the result: the 8 outputs of 8 lanes fill a sector of 32 bytes."""
+        row = u32(u32(block * u32(64)) + (thread >> u32(5)) * u32(16) + ((thread & u32(31)) >> u32(2)))
+        if row < n:  # and row + 8, N being a multiple of 32
+            zero0 = ptx.ldg4(ptx.address(rows) + u64(row) * u64(16))[1]
+            zero1 = ptx.ldg4(ptx.address(rows) + u64(row + u32(8)) * u64(16))[1]
+            at = ptx.address(out) + (u64(first_token) * u64(n) + u64(row)) * u64(4)
+            each_raw(acc, zero0, zero1, constants, thread, at, n, u32(m - first_token))
+
     @device
     def write(acc, block, first_token, constants, rows, bias, out, buffer, thread, barrier, m, n):
         if tokens <= 32:  # one buffer serves every tile: nobody may still be reading the last one
@@ -432,7 +479,7 @@ def writer(tokens: int, form: Form, store: Callable) -> Callable:
         left, columns = u32(m - first_token), u32(min(u32(64), u32(n - n0)) >> u32(3))
         each(acc, row0, row1, b0, b1, constants, buffer, thread, barrier, at, u32(n * u32(2)), left, columns)
 
-    return write
+    return write_raw if form.raw else write
 
 
 # -- v4: mma.sync ---------------------------------------------------------------------------------------------------------

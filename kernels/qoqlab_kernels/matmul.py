@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qoqlab.checks import require_rows, require_tensor, shape_of
 from qoqlab.grids import Zero
 
-from . import elementwise, gemm, launch, ptx, quantize
+from . import elementwise, gemm, launch, ptx, quantize, sums
 from .layout import Activations, PackedWeight, blocks
 from .plan import Plan, plan_for, rules, version_for
 
@@ -38,12 +38,17 @@ def _require_place(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) -> Activations:
+def quantize_activations(
+    x: torch.Tensor, x_scales: torch.Tensor | None = None, largest: torch.Tensor | None = None
+) -> Activations:
     """Per-token INT8 activations in the order that the GEMM reads, with the sums of codes that its epilogue needs.
 
     ``x [M, K]`` fp16, bf16 or fp32, or INT8 codes with their ``x_scales`` fp16 [M]; K a multiple of 32. Equals
     `qoqlab.affine.quantize_per_token_s8` bit for bit (paper section 4.1), in one kernel. NaN and infinity are not looked
     for: that would wait for the GPU.
+
+    ``largest`` fp32 [M], for fp16 and bf16: each token's scale is this number over 127, since ``x`` is a slice of longer
+    tokens of which it is the largest absolute value. The sums of codes are those of the slice.
 
     Raises TypeError or ValueError for another dtype, shape or device.
     """
@@ -57,9 +62,11 @@ def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) 
         raise ValueError(f"x_scales: int8 codes need their scales, other dtypes have none; x is {x.dtype}")
     if x_scales is not None:
         _require_scales(x_scales, m, x.device)
+    if largest is not None:
+        _require_largest(largest, x)
     _require_place("x", x)
     if torch.compiler.is_compiling():
-        tiles, tokens = _quantize_operator(x, x_scales)
+        tiles, tokens = _quantize_operator(x, x_scales, largest)
         return Activations(tiles, tokens, m, k)
     x = _aligned(x)
     units, padded = blocks(k, 128), blocks(m, 8) * 8
@@ -68,9 +75,10 @@ def quantize_activations(x: torch.Tensor, x_scales: torch.Tensor | None = None) 
     if x.element_size() == 2:
         capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(x.device.index)[:2]
         threads = elementwise.threads_for(m, k, processors, elementwise.PLAIN_QUEUE)
-        constants = ("plain", KINDS[x.dtype], k, threads, True, capability >= (9, 0))
+        constants = ("plain", KINDS[x.dtype], k, threads, True, capability >= (9, 0), largest is not None)
         x = x.view(torch.uint16)
-        _run(elementwise.elementwise, constants, (padded, 1, 1), [x, x, x, x, tiles, tokens, m, padded, 0])
+        best = x if largest is None else largest.contiguous()
+        _run(elementwise.elementwise, constants, (padded, 1, 1), [x, x, best, x, tiles, tokens, m, padded, 0])
         return Activations(tiles, tokens, m, k)
     scales = tiles if x_scales is None else x_scales.contiguous()
     arrays = [x, scales, tiles, tokens]
@@ -87,6 +95,17 @@ def _require_scales(scales: torch.Tensor, m: int, device: torch.device) -> None:
         raise ValueError(
             f"x_scales: expected fp16 [{m}] on {device}, one number per token, got {scales.dtype} of shape "
             f"{shape_of(scales)} on {scales.device}"
+        )
+
+
+def _require_largest(largest: torch.Tensor, x: torch.Tensor) -> None:
+    require_tensor("largest", largest)
+    if x.element_size() != 2:
+        raise ValueError(f"largest: only fp16 and bf16 tokens are quantised by a given number; x is {x.dtype}")
+    if largest.dtype != torch.float32 or largest.shape != x.shape[:1] or largest.device != x.device:
+        raise ValueError(
+            f"largest: expected fp32 [{x.shape[0]}] on {x.device}, one number per token, got {largest.dtype} of shape "
+            f"{shape_of(largest)} on {largest.device}"
         )
 
 
@@ -155,6 +174,66 @@ def w4a8_gemm(
             raise ValueError("out: must be contiguous and start on a 16-byte boundary")
     form = _form(packed, dtype, bias)
     run(plan(x.m, packed, form), form, x, packed, bias, out)
+    return out
+
+
+def w4a8_sums(x: Activations, packed: PackedWeight) -> torch.Tensor:
+    """The integers behind `w4a8_gemm`, int32 ``[M, N]``: sums of products, less integer zeros times the sum of codes.
+
+    For a layer whose inputs several GPUs share: their sums added, `scale_sums` gives the result of one GPU, bit for bit.
+    ``x``: from `quantize_activations`. Raises TypeError or ValueError as `w4a8_gemm`.
+    """
+    for name, value, kind in (("x", x, Activations), ("packed", packed, PackedWeight)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+    if x.k != packed.k or x.device != packed.device:
+        raise ValueError(f"x: K = {x.k} on {x.device} does not match the weight's K = {packed.k} on {packed.device}")
+    _require_place("x", x.tiles)
+    out = torch.empty(x.m, packed.n, dtype=torch.int32, device=x.device)
+    form = replace(_form(packed, torch.float16, None), raw=True)
+    run(plan(x.m, packed, form), form, x, packed, None, out)
+    return out
+
+
+def scale_sums(
+    total: torch.Tensor,
+    x: Activations,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    token_sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``[M, N]`` of ``dtype`` (fp16 or bf16): the epilogue of `w4a8_gemm` on sums int32 ``[M, N]`` of `w4a8_sums`.
+
+    ``x``, ``packed``: any part of the activations and of the weight, for their scales. ``token_sums`` int32 [M]: sums of all
+    codes of every token, for weights with scaled zeros only. Raises TypeError or ValueError naming the argument.
+    """
+    require_tensor("total", total)
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype}")
+    if total.dtype != torch.int32 or total.shape != (x.m, packed.n) or total.device != packed.device:
+        raise ValueError(
+            f"total: expected int32 [{x.m}, {packed.n}] on {packed.device}, got {total.dtype} of shape {shape_of(total)} on "
+            f"{total.device}"
+        )
+    _require_place("total", total)
+    bias = _checked_bias(bias, packed)
+    form = _form(packed, dtype, bias)
+    if form.scaled != (token_sums is not None):
+        raise ValueError("token_sums: weights with scaled zeros need them, others have none")
+    if token_sums is not None and (
+        token_sums.dtype != torch.int32 or token_sums.shape != (x.m,) or token_sums.device != total.device
+    ):
+        raise ValueError(
+            f"token_sums: expected int32 [{x.m}] on {total.device}, got {token_sums.dtype} of shape {shape_of(token_sums)} "
+            f"on {token_sums.device}"
+        )
+    total, out = _aligned(total), torch.empty(x.m, packed.n, dtype=dtype, device=total.device)
+    arrays = [total, x.tokens, x.tokens if token_sums is None else token_sums.contiguous(), packed.rows]
+    arrays += [packed.rows if bias is None else _aligned(bias), out.view(torch.uint16)]
+    grid = (blocks(packed.n, sums.THREADS * sums.OUTPUTS), blocks(x.m, sums.TOKENS), 1)
+    overlap = not ptx.SIMULATED and _gpu(total.device.index)[0] >= (9, 0)
+    _run(sums.scale_sums, (form, overlap), grid, [*arrays, x.m, packed.n])
     return out
 
 
@@ -280,13 +359,15 @@ def _new_room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor
 
 
 @torch.library.custom_op("qoqlab::quantize_activations", mutates_args=())
-def _quantize_operator(x: torch.Tensor, x_scales: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    made = quantize_activations(x, x_scales)
+def _quantize_operator(
+    x: torch.Tensor, x_scales: torch.Tensor | None, largest: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    made = quantize_activations(x, x_scales, largest)
     return made.tiles, made.tokens
 
 
 @_quantize_operator.register_fake
-def _(x, x_scales):  # type: ignore[no-untyped-def]
+def _(x, x_scales, largest=None):  # type: ignore[no-untyped-def]
     units, padded = blocks(x.shape[1], 128), blocks(x.shape[0], 8) * 8
     return x.new_empty((units, padded, 128), dtype=torch.int8), x.new_empty((padded, 2), dtype=torch.int32)
 

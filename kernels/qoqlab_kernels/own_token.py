@@ -13,7 +13,7 @@ from numba import cuda, types
 from qoqlab import exact
 
 from . import ptx
-from .elementwise import PAIRS, PIECE_BYTES, exp_minus, fold8, int8_writers
+from .elementwise import PAIRS, PIECE_BYTES, exp_minus, fold8, int8_writers, storer
 from .launch import Program
 from .layout import UNIT_K, blocks
 from .ptx import device, f32, i32, u32, u64
@@ -29,17 +29,25 @@ def capped(score, limit):
 
 
 def attend_own(
-    kind: str, heads: int, kv_heads: int, dim: int, softcap: bool, threads: int, overlap: bool = False
+    kind: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    softcap: bool,
+    threads: int,
+    overlap: bool = False,
+    codes: bool = True,
 ) -> Program:
     """The kernel for tokens of ``heads`` query heads of a type in `PAIRS`, by blocks of ``threads`` (a power of two).
 
-    ``overlap``: launched while the previous kernel ends (compute capability 9.0).
+    ``overlap``: launched while the previous kernel ends (compute capability 9.0). Without ``codes``: the 16-bit numbers
+    themselves, ``[m, heads * dim]``, and the bits of the largest of every token in ``tokens``.
     """
     unpack, pack = PAIRS[kind].unpack, PAIRS[kind].pack
     k, lanes, group = heads * dim, dim // exact.PIECE, heads // kv_heads
     filled, pieces = k // exact.PIECE, blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, threads)
     row_bytes, key_bytes = 2 * k, 2 * kv_heads * dim
-    none, (quantize, fill) = ptx.zeros(4 * pieces), int8_writers(kind, k, threads)
+    none, store, (largest, write, fill) = ptx.zeros(4 * pieces), storer(k, threads), int8_writers(kind, k, threads)
     masks = tuple(lanes >> i for i in range(1, lanes.bit_length()))  # halves, as `exact.fold` adds them
 
     @device
@@ -115,8 +123,14 @@ def attend_own(
                 ptx.as_float(limit_bits),
                 thread,
             )
-            quantize(values, tiles, tokens, token, padded, maxima, sums, thread)
-        else:
+            best = largest(values, maxima, thread)
+            if codes:
+                write(values, best, tiles, tokens, token, padded, sums, thread)
+            else:
+                store(values, ptx.address(tiles) + row, thread)
+                if thread == u32(0):
+                    ptx.stg1(ptx.address(tokens) + u64(token) * u64(4), u32(ptx.as_int(best)))
+        elif codes:
             fill(tiles, tokens, token, padded, thread)
 
     arrays = (types.uint16, f32, types.uint16, types.uint16, types.uint16, ptx.u8, u32)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from ..checks import require_count
 
 if TYPE_CHECKING:
-    from ..engine import Sampling
+    from ..sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Request:
     """``prompt``: token numbers, at least one. At most ``max_new_tokens`` follow, up to and with a token of ``stop``.
 
-    ``sampling`` (None: greedy) draws with a generator of the request's own, so its tokens do not depend on what else is
+    ``sampling`` (None: greedy) draws by its seed and the token's position alone, so tokens do not depend on what else is
     served. ``arrival``: seconds after the server's start. ``on_token(number, token)`` is called with every new token.
 
     Raises ValueError for a prompt without tokens, a negative token or arrival, a count below 1.

@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 
 from ..checks import require_count
-from ..engine import Engine, Sampling
+from ..engine import Engine
 from ..paged import PAGE
+from ..sampling import choose, draws_of
 from .requests import Finish, Progress, Request
 from .scheduler import Failure, Limits, Policy, Scheduler, Step
 
@@ -21,8 +22,8 @@ from .scheduler import Failure, Limits, Policy, Scheduler, Step
 class Server:
     """Serves requests on an engine: `submit` them, `step` until `idle`, or `run` a list.
 
-    ``ahead``: steps that the device takes in a row before the host looks at their tokens, where all running requests are
-    greedy and no prompt can come in. Python's work is shared among them; tokens are handed out in turns of so many, a new
+    ``ahead``: steps that the device takes in a row before the host looks at their tokens, where no prompt can come in.
+    Python's work is shared among them; tokens are handed out in turns of so many, a new
     request waits for the end of a turn, and what follows a stop token in its turn is computed for nothing.
 
     ``requests``: all that were submitted, by number, with their tokens, times (seconds of ``clock`` since the server was
@@ -45,7 +46,6 @@ class Server:
         self.steps: list[dict[str, float]] = []
         self._clock, self._start = clock, clock()
         self._sequences: dict[int, int] = {}  # the engine's, of running requests
-        self._generators: dict[int, torch.Generator] = {}
 
     @property
     def idle(self) -> bool:
@@ -79,7 +79,8 @@ class Server:
         coming = sorted(requests, key=lambda r: r.arrival)
         found = []
         while coming or not self.idle:
-            while coming and coming[0].arrival <= self.now():
+            now = self.engine.agreed(self.now()) if coming else 0.0
+            while coming and coming[0].arrival <= now:
                 found.append(self.requests[self.submit(coming.pop(0))])
             if not self.step() and coming:
                 time.sleep(min(0.01, max(0.0, coming[0].arrival - self.now())))
@@ -88,8 +89,7 @@ class Server:
     def step(self) -> bool:
         """One step, if there is anything to do."""
         start = self.now()
-        greedy = all(p.request.sampling is None for p in self.scheduler.running)
-        step = self.scheduler.plan(self.ahead if greedy else 1)
+        step = self.scheduler.plan(self.ahead)
         if step is None:
             return False
         for number in step.preempted:
@@ -101,7 +101,7 @@ class Server:
             prompts = [self.requests[number].request.prompt for number in step.prefill]
             sequences, logits = self.engine.prefill(prompts)
             self._sequences |= dict(zip(step.prefill, sequences, strict=True))
-            results[0] |= self._choose(step.prefill, logits, after_prompt=True)
+            results[0] |= self._choose(step.prefill, logits)
         prefilled = self.now()
         if step.decode:
             sequences = [self._sequences[number] for number in step.decode]
@@ -110,7 +110,7 @@ class Server:
                 for found, turn in zip(results, self._in_a_row(sequences, inputs, step), strict=True):
                     found |= turn
             else:
-                results[0] |= self._choose(step.decode, self.engine.decode(sequences, inputs), after_prompt=False)
+                results[0] |= self._choose(step.decode, self.engine.decode(sequences, inputs))
         decoded = self.now()
         for found in results:
             self._finish(step, found)
@@ -127,34 +127,18 @@ class Server:
 
     def _in_a_row(self, sequences: list[int], inputs: list[int], step: Step) -> list[dict[int, int | Failure]]:
         """Results of every repetition of a step."""
-        tokens, spoilt = (t.tolist() for t in self.engine.decode_greedy(sequences, inputs, step.repeat))
-        broken = Failure("the model's logits are NaN")
-        return [
-            {number: broken if bad else token for number, token, bad in zip(step.decode, row, flags, strict=True)}
-            for row, flags in zip(tokens, spoilt, strict=True)
-        ]
+        samplings = [self.requests[number].request.sampling for number in step.decode]
+        tokens, spoilt = (t.tolist() for t in self.engine.decode_ahead(sequences, inputs, step.repeat, samplings))
+        return [_results(step.decode, row, flags) for row, flags in zip(tokens, spoilt, strict=True)]
 
-    def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor, after_prompt: bool) -> dict[int, int | Failure]:
-        """The next token of each request, from ``logits [B, V]``; one wait for the device for all greedy ones."""
-        best, likeliest = logits.max(-1)  # NaN is the largest of all
-        greedy, spoilt = torch.stack([likeliest, best.isnan().long()]).tolist()
-        found: dict[int, int | Failure] = {}
-        for i, number in enumerate(numbers):
-            progress = self.requests[number]
-            sampling: Sampling | None = progress.request.sampling
-            known = len(progress.tokens) > (0 if after_prompt else progress.cached - len(progress.request.prompt) + 1)
-            if spoilt[i]:
-                found[number] = Failure("the model's logits are NaN")
-            elif sampling is None or known:  # a token that is known from before a preemption is not drawn again
-                found[number] = greedy[i]
-            else:
-                found[number] = int(sampling.choose(logits[i : i + 1], self._generator(number, sampling)))
-        return found
-
-    def _generator(self, number: int, sampling: Sampling) -> torch.Generator:
-        if number not in self._generators:
-            self._generators[number] = torch.Generator(self.engine.device).manual_seed(sampling.seed)
-        return self._generators[number]
+    def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor) -> dict[int, int | Failure]:
+        """The next token of each request, from ``logits [B, V]``, with one wait for the device. Of a request that is fed
+        again after a preemption it is one that nobody asks for."""
+        progress = [self.requests[number] for number in numbers]
+        draws = draws_of([p.request.sampling for p in progress], self.engine.vocabulary, self.engine.device)
+        places = torch.tensor([len(p.request.prompt) + len(p.tokens) for p in progress], device=self.engine.device)
+        tokens, spoilt = choose(logits, draws, places)
+        return _results(numbers, *torch.stack([tokens, spoilt.long()]).tolist())
 
     def _finish(self, step: Step, results: dict[int, int | Failure]) -> None:
         """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
@@ -187,7 +171,6 @@ class Server:
     def _close(self, progress: Progress) -> None:
         progress.end = self.now()
         self._free(progress.number)
-        self._generators.pop(progress.number, None)
 
     def forget(self) -> None:
         """Drop what is known of ended requests and past steps, so that a server that runs for long stays small."""
@@ -212,3 +195,9 @@ class Server:
         ]
         columns = ["arrival", "prompt", "output", "first", "finish", "reason", "preemptions"]
         return pd.DataFrame(rows, columns=columns)
+
+
+def _results(numbers: Iterable[int], tokens: Iterable[int], spoilt: Iterable[int]) -> dict[int, int | Failure]:
+    """What a step brought to each request."""
+    broken = Failure("the model's logits are NaN")
+    return {number: broken if bad else token for number, token, bad in zip(numbers, tokens, spoilt, strict=True)}

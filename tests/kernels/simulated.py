@@ -22,6 +22,7 @@ from qoqlab_kernels.plan import Plan
 
 from qoqlab import exact, reference
 from qoqlab.affine import Affine, quantize_per_token_s8
+from qoqlab.parallel import inputs
 from qoqlab.pipeline import quantize as quantize_model
 
 from ..families import build, cast_parameters
@@ -90,6 +91,41 @@ def gemm_case(
         "kept": all(kept),
         "flags": int(flags.abs().sum()) if p.version in ("v4", "v5") else 0,
     }
+
+
+def sums_case(case: dict, plan: dict, dtype: str = "float16", bias: bool = False) -> dict:
+    """Two halves of the inputs, as two ranks have them: their sums by a plan, added and scaled, are the whole's result."""
+    c, kind = Case(**case), getattr(torch, dtype)
+    w, codes, scales = operands(c)
+    b = torch.linspace(-3, 3, c.n) if bias else None
+    halves, kept = [], []
+    for part in (slice(0, c.k // 2), slice(c.k // 2, c.k)):
+        packed, x = layout.pack_weight(inputs(w, part)), layout.tile_activations(codes[:, part], scales)
+        form = gemm.Form(packed.groups, c.format == "channel-scaled", raw=True)
+        out, buffer = poisoned(c.m, c.n, torch.float32)
+        matmul.run(Plan(**plan), form, x, packed, None, out)
+        halves.append(out.view(torch.int32))
+        kept.append(bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()))
+    token_sums = codes.sum(-1, dtype=torch.int32) if form.scaled else None
+    with poisoned_outputs():
+        y = qk.scale_sums(halves[0] + halves[1], x, packed, b, kind, token_sums)
+    return {"equal": torch.equal(y, product(codes, scales, w, b, kind)), "kept": all(kept)}
+
+
+def sums_errors() -> dict:
+    """Bad input of `w4a8_sums` and `scale_sums`: name -> ``[class, message]``."""
+    c = Case(3, 32, 64, "channel")
+    w, codes, scales = operands(c)
+    packed, x = qk.pack_weight(w), layout.tile_activations(codes, scales)
+    total = torch.zeros(3, 32, dtype=torch.int32)
+    calls = {
+        "x: codes": lambda: qk.w4a8_sums(codes, packed),
+        "x: other K": lambda: qk.w4a8_sums(layout.tile_activations(codes[:, :32], scales), packed),
+        "total: fp32": lambda: qk.scale_sums(total.float(), x, packed),
+        "dtype": lambda: qk.scale_sums(total, x, packed, dtype=torch.float32),
+        "token_sums": lambda: qk.scale_sums(total, x, packed, token_sums=total[:, 0]),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
 
 
 def public_case(case: dict, version: str, tiled: bool = False) -> dict:
@@ -166,6 +202,41 @@ def quantize_case(m: int, k: int, dtype: str, how: str = "contiguous") -> dict:
         "scales": torch.equal(got.scales, scales),
         "sums": torch.equal(got.sums.long(), codes.sum(-1, dtype=torch.int64)),
     }
+
+
+def sliced_case(m: int, k: int, dtype: str) -> dict:
+    """Two slices of gated tokens, as two ranks have them: `silu_mul` finds the largest of each, and with the larger of them
+    `quantize_activations` gives both the codes of the whole, but their own sums."""
+    kind, generator = getattr(torch, dtype), torch.Generator().manual_seed(m * k)
+    sizes = torch.logspace(2, -2, m)[:, None, None]
+    sizes[-1] = 0 if m > 1 else 1
+    halves = (torch.randn(2, m, 2 * k, generator=generator) * sizes[:, 0]).to(kind)
+    halves[0, 0] = 0  # nothing in this slice, something in the other
+    with poisoned_outputs():
+        parts = [qk.silu_mul(half) for half in halves]
+        largest = torch.maximum(parts[0][1], parts[1][1])
+        got = [qk.quantize_activations(x, largest=largest) for x, _ in parts]
+    values = [exact.silu_mul(half) for half in halves]
+    whole = quantize_per_token_s8(torch.cat(values, 1))
+    tiled = [layout.tile_activations(codes, whole.scales) for codes in whole.codes.chunk(2, 1)]
+    return {
+        "values": all(torch.equal(x, want) for (x, _), want in zip(parts, values, strict=True)),
+        "largest": all(torch.equal(best, v.float().abs().amax(-1)) for (_, best), v in zip(parts, values, strict=True)),
+        "tiles": all(torch.equal(a.tiles, b.tiles) for a, b in zip(got, tiled, strict=True)),
+        "tokens": all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, tiled, strict=True)),
+    }
+
+
+def sliced_errors() -> dict:
+    """Bad largest numbers: name -> ``[class, message]``."""
+    x, best = torch.zeros(3, 64, dtype=torch.float16), torch.ones(3)
+    calls = {
+        "a list": lambda: qk.quantize_activations(x, largest=[1.0]),
+        "fp16": lambda: qk.quantize_activations(x, largest=best.half()),
+        "too few": lambda: qk.quantize_activations(x, largest=best[:2]),
+        "of fp32 tokens": lambda: qk.quantize_activations(x.float(), largest=best),
+    }
+    return {name: message_of(call) for name, call in calls.items()}
 
 
 # -- fused element-wise kernels -------------------------------------------------------------------------------------------
@@ -534,7 +605,8 @@ FUNCTIONS = {
     f.__name__: f
     for f in (
         *(gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, cluster_case, error_cases),
-        *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case),
+        *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case, sliced_case, sliced_errors),
+        *(sums_case, sums_errors),
         *(attention_case, public_attention_case, attention_mutant_case, attention_errors),
         *(own_case, compiled_own_case, own_mutant_case, own_errors),
     )

@@ -12,6 +12,7 @@ import torch
 from qoqlab_kernels import elementwise, emulation, ptx
 
 from qoqlab import reference
+from qoqlab.affine import quantize_per_token_s8
 
 from .joined import own_operands
 
@@ -25,9 +26,16 @@ def own_case(m: int, heads: int, kv_heads: int, dim: int, dtype: str, threads: i
     chosen = mock.patch.object(elementwise, "threads_for", lambda *_: threads) if threads else contextlib.nullcontext()
     with poisoned_outputs(), chosen:
         got = qk.attend_own_s8(*operands, **options)
+        joined, largest = qk.attend_own(*operands, **options)
     value = operands[4][0].repeat_interleave(heads // kv_heads, 0).flatten()
     alone = reference.quantize_per_token_s8(value)
-    return {"equal": _as_the_reference(got, want), "value": torch.equal(got.codes[0], alone.codes)}
+    as_codes = quantize_per_token_s8(joined)  # which has the largest number in it
+    alike = torch.equal(as_codes.codes, want.codes) and torch.equal(as_codes.scales, want.scales)
+    return {
+        "equal": _as_the_reference(got, want),
+        "value": torch.equal(got.codes[0], alone.codes),
+        "not quantised": alike and torch.equal(joined[0], value) and torch.equal(largest, joined.float().abs().amax(-1)),
+    }
 
 
 def compiled_own_case() -> dict:

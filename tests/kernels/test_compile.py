@@ -38,12 +38,13 @@ TENSOR = [
     (64, Form(1), (8, 0)),
     (64, Form(4, bias=True, bfloat=True), (8, 9)),
     (16, Form(1), (9, 0)),
+    (64, Form(1, raw=True), (8, 0)),
 ]
 
 
 def name(value: object) -> str:
     if isinstance(value, Form):
-        return f"groups{value.groups}" + "".join(f"-{k}" for k in ("scaled", "bfloat", "bias") if getattr(value, k))
+        return f"groups{value.groups}" + "".join(f"-{k}" for k in ("scaled", "bfloat", "bias", "raw") if getattr(value, k))
     return f"sm{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from qoqlab_kernels import cases, elementwise, own_token, rope
+from qoqlab_kernels import cases, elementwise, own_token, rope, sums
+from qoqlab_kernels.gemm import Form
 from qoqlab_kernels.pages import ChunkLayout
 
 from .compilers import assert_clean, compile_offline, needs_compilers
@@ -14,7 +15,7 @@ pytestmark = needs_compilers
 
 #: Branch instructions, recorded with CUDA 13.5 and rounded up; most are subroutines of divisions and square roots.
 BRANCHES = {"plain": 50, "norm": 50, "add_norm": 50, "silu": 150}
-ROPE_BRANCHES, OWN_BRANCHES = 150, 100
+ROPE_BRANCHES, OWN_BRANCHES, SUMS_BRANCHES = 150, 100, 30
 #: Usual sizes, and the widest of each kind, which need the most registers.
 KERNELS = [
     (("plain", "half", 4096, 512, True, True), (9, 0)),
@@ -27,6 +28,8 @@ KERNELS = [
     (("silu", "half", 14336, 512, True, True), (9, 0)),
     (("silu", "bfloat", cases.WIDEST_K, 1024), (8, 9)),
     (("add_norm", "half", 32768, 512, True, True), (9, 0)),
+    (("plain", "half", 4096, 512, True, True, True), (9, 0)),
+    (("silu", "half", 7168, 512, False, True), (9, 0)),
 ]
 
 
@@ -36,7 +39,8 @@ def test_kernels(constants: tuple, capability: tuple, tmp_path: Path) -> None:
     made = compile_offline(program, capability, tmp_path)
     assert_clean(made, program, BRANCHES[constants[0]])
     quantising = len(constants) < 5 or constants[4]
-    assert ("REDUX" in made.opcodes) == quantising  # the largest value and the sum of codes of a warp
+    # the largest value and the sum of codes of a warp
+    assert ("REDUX" in made.opcodes) == (quantising or constants[0] == "silu")
     assert "LDG.E.128" in made.listing and ("STG.E.64" in made.listing) == quantising
 
 
@@ -62,6 +66,7 @@ def test_rope_and_append(constants: tuple, capability: tuple, tmp_path: Path) ->
         (("half", 32, 8, 128, False, 512, True), (9, 0)),
         (("bfloat", 64, 4, 128, True, 512), (8, 0)),
         (("half", 3, 3, 64, False, 64), (8, 9)),
+        (("half", 16, 4, 128, False, 256, True, False), (9, 0)),
     ],
     ids=lambda v: "-".join(map(str, v)),
 )
@@ -69,4 +74,18 @@ def test_a_token_joins_its_past(constants: tuple, capability: tuple, tmp_path: P
     program = own_token.attend_own(*constants)
     made = compile_offline(program, capability, tmp_path)
     assert_clean(made, program, OWN_BRANCHES)
-    assert {"REDUX", "SHFL"} <= set(made.opcodes) and "LDG.E.128" in made.listing and "STG.E.64" in made.listing
+    codes = len(constants) < 8 or constants[7]
+    assert {"REDUX", "SHFL"} <= set(made.opcodes) and "LDG.E.128" in made.listing
+    assert ("STG.E.64" in made.listing) == codes
+
+
+@pytest.mark.parametrize(
+    ("form", "capability"),
+    [(Form(1), (9, 0)), (Form(0, scaled=True, bfloat=True, bias=True), (8, 0))],
+    ids=["groups", "scaled-bfloat-bias"],
+)
+def test_sums_of_several_gpus(form: Form, capability: tuple, tmp_path: Path) -> None:
+    program = sums.scale_sums(form, capability >= (9, 0))
+    made = compile_offline(program, capability, tmp_path)
+    assert_clean(made, program, SUMS_BRANCHES)
+    assert "LDG.E.128" in made.listing and "STG.E.64" in made.listing

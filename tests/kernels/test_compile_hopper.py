@@ -27,6 +27,8 @@ CHOICES = [
     (128, Form(0, bias=True, bfloat=True), 28672),
     (256, Form(4, bias=True), 28672),
     (4096, Form(2), 4096),  # shares its activations
+    (64, Form(1, raw=True), 4096),
+    (256, Form(0, raw=True), 28672),
 ]
 
 
@@ -36,7 +38,9 @@ def test_every_format_and_tile_is_compiled() -> None:
     assert {form.groups for m, form, _ in CHOICES if m > 64} == {0, 1, 2, 4}
 
 
-@pytest.mark.parametrize(("m", "form", "n"), CHOICES, ids=lambda v: str(v.groups) if isinstance(v, Form) else str(v))
+@pytest.mark.parametrize(
+    ("m", "form", "n"), CHOICES, ids=lambda v: f"{v.groups}{'-raw' * v.raw}" if isinstance(v, Form) else str(v)
+)
 def test_v5(m: int, form: Form, n: int, tmp_path: Path) -> None:
     plan, tokens = rules("v5", m, n, 32, form, 132), min(m, 256)
     assert isinstance(plan, Plan) and plan.tokens == tokens
@@ -48,7 +52,7 @@ def test_v5(m: int, form: Form, n: int, tmp_path: Path) -> None:
     assert len(tensor) == made.opcodes["IGMMA"] and len(tensor) % 4 == 0
     assert "UBLKCP" in made.opcodes  # bulk copies
     assert (".MULTICAST" in made.listing) == (plan.cluster > 1)
-    assert "STSM" in made.opcodes  # stmatrix
+    assert ("STSM" in made.opcodes) != form.raw  # stmatrix
     assert "SYNCS" in made.opcodes  # mbarriers
     assert ("USETMAXREG" in made.opcodes) == (tokens >= 128)
     if tokens >= 128:  # what the consumers claim must be there once the producers have given: else they wait for ever

@@ -70,6 +70,22 @@ def test_every_shape(m: int, k: int, dtype: torch.dtype) -> None:
     assert same(qk.silu_mul_s8(gate_up), reference.silu_mul_s8(gate_up))
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), SHAPES)
+def test_slices_of_tokens(m: int, k: int, dtype: torch.dtype) -> None:
+    """Two slices with the larger of their largest numbers: the codes of the whole token, the slices' own sums."""
+    halves = [numbers(m, 2 * k, dtype=dtype, seed=seed).clamp(-200, 200) for seed in (0, 1)]
+    parts = [qk.silu_mul(half) for half in halves]
+    largest = torch.maximum(parts[0][1], parts[1][1])
+    whole = affine.quantize_per_token_s8(torch.cat([exact.silu_mul(half) for half in halves], 1))
+    for (x, best), half, codes in zip(parts, halves, whole.codes.chunk(2, 1), strict=True):
+        assert torch.equal(x, exact.silu_mul(half)) and torch.equal(best, x.float().abs().amax(-1))
+        got = qk.quantize_activations(x, largest=largest)
+        assert torch.equal(got.codes, codes) and torch.equal(got.scales, whole.scales)
+        assert torch.equal(got.sums.long(), codes.sum(-1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_reference_gives_the_same_bits_on_the_cpu(dtype: torch.dtype) -> None:
     x, weight = numbers(9, 4096, dtype=dtype).clamp(-200, 200), gains(4096, dtype)  # whose products fp16 holds
@@ -234,6 +250,8 @@ def test_a_token_joins_its_past(
     want = reference.attend_own_s8(*operands, softcap=softcap)
     got = [qk.attend_own_s8(*operands, softcap=softcap) for _ in range(3)]
     assert all(same(each, want) for each in got)
+    joined, largest = qk.attend_own(*operands, softcap=softcap)
+    assert same(qk.quantize_activations(joined), want) and torch.equal(largest, joined.float().abs().amax(-1))
     on_cpu = reference.attend_own_s8(*(x.cpu() for x in operands), softcap=softcap)
     assert torch.equal(on_cpu.codes, want.codes.cpu()) and torch.equal(on_cpu.scales, want.scales.cpu())
     value = operands[4][0].repeat_interleave(heads // kv_heads, 0).flatten()

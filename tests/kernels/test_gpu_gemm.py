@@ -16,6 +16,7 @@ from qoqlab_kernels.plan import TOKENS, Plan
 
 from qoqlab import affine
 from qoqlab.affine import Affine
+from qoqlab.parallel import inputs
 from qoqlab.progressive import ProgressiveWeight
 
 from .expected import product
@@ -78,6 +79,36 @@ def check(
     assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all(), f"{c} {plan}: wrote outside of the output"
     for space in matmul._workspaces.values():
         assert not space.counters.any(), f"{c} {plan}: counters are left at {int(space.counters.abs().sum())}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", cases.FORMATS)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 4096, 2048), (7, 96, 256), (64, 8192, 4096), (300, 4096, 1024), (2048, 4096, 512)]
+)
+def test_sums_of_halves_are_those_of_the_whole(m: int, n: int, k: int, name: str, dtype: torch.dtype) -> None:
+    """What two GPUs that share a layer's inputs compute, by whatever plan the rules choose; twice, in a graph."""
+    c = Case(m, n, k, name)
+    w, codes, scales = operands(c)
+    bias = torch.linspace(-3, 3, n, device="cuda")
+    parts = (slice(0, k // 2), slice(k // 2, k))
+    xs = [qk.quantize_activations(codes[:, part].contiguous(), scales) for part in parts]
+    packed = [qk.pack_weight(inputs(w, part)) for part in parts]
+    token_sums = codes.sum(-1, dtype=torch.int32) if name == "channel-scaled" else None
+
+    def both() -> torch.Tensor:
+        total = sum(qk.w4a8_sums(x, p) for x, p in zip(xs, packed, strict=True))
+        return qk.scale_sums(total, xs[0], packed[0], bias, dtype, token_sums)
+
+    want = product(codes, scales, w, bias, dtype)
+    assert torch.equal(both(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = both()
+    for _ in range(2):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, want)
 
 
 # -- shapes ---------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,30 @@ def test_every_dtype(simulator: Simulator, dtype: str) -> None:
     assert simulator("quantize_case", m=3, k=160, dtype=dtype) == GOOD
 
 
+@pytest.mark.parametrize(("dtype", "m", "k"), [("float16", 3, 160), ("bfloat16", 9, 32)])
+def test_slices_of_tokens(simulator: Simulator, dtype: str, m: int, k: int) -> None:
+    same = simulator("sliced_case", m=m, k=k, dtype=dtype)
+    assert same == {"values": True, "largest": True, "tiles": True, "tokens": True}
+
+
+def test_bad_largest_numbers_are_named(simulator: Simulator) -> None:
+    assert simulator("sliced_errors") == {
+        "a list": ["TypeError", "largest: expected a torch.Tensor, got list"],
+        "fp16": [
+            "ValueError",
+            "largest: expected fp32 [3] on cpu, one number per token, got torch.float16 of shape 3 on cpu",
+        ],
+        "too few": [
+            "ValueError",
+            "largest: expected fp32 [3] on cpu, one number per token, got torch.float32 of shape 2 on cpu",
+        ],
+        "of fp32 tokens": [
+            "ValueError",
+            "largest: only fp16 and bf16 tokens are quantised by a given number; x is torch.float32",
+        ],
+    }
+
+
 def test_a_ninth_token(simulator: Simulator) -> None:
     assert simulator("quantize_case", m=9, k=32, dtype="int8") == GOOD
 

@@ -45,6 +45,35 @@ def test_every_width_of_tile(simulator: Simulator, version: str, tokens: int, m:
     assert run(simulator, version, (m, 32, 256), "g64", plan) == GOOD
 
 
+@pytest.mark.parametrize(
+    ("version", "tokens", "name", "options"),
+    [
+        ("v1", 8, "g32-scaled", {}),
+        ("v3", 8, "channel", {"bias": True}),
+        ("v4", 8, "channel-scaled", {"bias": True}),
+        ("v5", 16, "g64", {"dtype": "bfloat16"}),
+    ],
+)
+def test_sums_of_halves_are_those_of_the_whole(
+    simulator: Simulator, version: str, tokens: int, name: str, options: dict
+) -> None:
+    """What two GPUs that share a layer's inputs compute; tails in M and N, tiles shared by workers."""
+    plan = {"version": version, "tokens": tokens, "stages": 2, "workers": 2}
+    m, n, k = {"v1": (1, 32, 64), "v3": (3, 96, 64)}.get(version, (9, 96, 512))
+    case = {"m": m, "n": n, "k": k, "format": name}
+    assert simulator("sums_case", case=case, plan=plan, **options) == {"equal": True, "kept": True}
+
+
+def test_bad_sums_are_named(simulator: Simulator) -> None:
+    assert simulator("sums_errors") == {
+        "x: codes": ["TypeError", "x: expected Activations, got Tensor"],
+        "x: other K": ["ValueError", "x: K = 32 on cpu does not match the weight's K = 64 on cpu"],
+        "total: fp32": ["ValueError", "total: expected int32 [3, 32] on cpu, got torch.float32 of shape 3x32 on cpu"],
+        "dtype": ["TypeError", "dtype: expected torch.float16 or torch.bfloat16, got torch.float32"],
+        "token_sums": ["ValueError", "token_sums: weights with scaled zeros need them, others have none"],
+    }
+
+
 def test_clusters_are_refused(simulator: Simulator) -> None:
     kind, message = simulator("cluster_case")["raised"]
     assert kind == "ValueError"
