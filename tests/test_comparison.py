@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -134,13 +135,19 @@ def test_figure(table) -> None:
     assert shown == set(METHODS) - {"fp16"} and len({t.xaxis for t in figure.data}) == 4
 
 
-def test_the_committed_table_says_what_the_documentation_says() -> None:
-    """Where there are outliers QoQ is ahead of all W4A8KV4 methods without online transforms; `qoq-plus` is ahead of QoQ."""
-    found = pd.read_csv(Path(__file__).parents[1] / "data" / "benchmarks" / "comparison.csv")
+def test_the_committed_tables_say_what_the_documentation_says() -> None:
+    """Where there are outliers QoQ is ahead of all W4A8KV4 methods without online transforms, and `qoq-plus`, over several
+    calibration samples, of QoQ; on WikiText-2 it is level or ahead."""
+    benchmarks = Path(__file__).parents[1] / "data" / "benchmarks"
+    found = pd.read_csv(benchmarks / "comparison.csv")
     assert list(found.columns) == comparison.COLUMNS and list(dict.fromkeys(found["method"])) == list(recipes.PAPER)
     for (name, _), part in found.groupby(["model", "text"]):
         gap = part.set_index("method")["gap"]
-        assert gap["fp16"] == 0 and gap["qoq-plus"] < gap["qoq-g128"]
+        assert gap["fp16"] == 0
         if name == "planted":
             others = ["rtn-w4a8kv4", "rtn-w4a8kv4-g128", "smoothquant-w4a8kv4", "awq-w4a8kv4-g128", "atom-w4a8kv4-g128"]
             assert gap[["qoq-g128", "qoq-per-channel"]].max() < gap[others].min()
+    draws = pd.DataFrame(json.loads((benchmarks / "calibration_spread.json").read_text(encoding="utf-8"))["results"])
+    mean = draws.pivot_table(index="method", columns=["model", "text"], values="gap")
+    assert (mean.loc["qoq-plus", "planted"] < 0.9 * mean.loc[["qoq-g128", "qoq-per-channel"], "planted"].min()).all()
+    assert mean.loc["qoq-plus", ("bundled", "WikiText-2")] < mean.loc["qoq-g128", ("bundled", "WikiText-2")]
