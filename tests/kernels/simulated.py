@@ -142,7 +142,7 @@ def public_case(case: dict, version: str, tiled: bool = False) -> dict:
 
 
 def compiled_case(case: dict, how: str) -> dict:
-    """The public functions under torch.compile, in one graph, for two batches: "codes", "tiled" or quantised "floats"."""
+    """The public functions under torch.compile, in one graph, for two batches: "codes" or quantised "floats"."""
     c = Case(**case)
     w, codes, scales = operands(c)
     packed, bias = qk.pack_weight(w), torch.linspace(-1, 1, c.n)
@@ -158,7 +158,7 @@ def compiled_case(case: dict, how: str) -> dict:
         floats = (codes[:m].float() * scales[:m].float()[:, None]).half()
         q = quantize_per_token_s8(floats) if how == "floats" else None
         some, their = (q.codes, q.scales) if q else (codes[:m], scales[:m])
-        x = {"codes": (some, their), "tiled": (layout.tile_activations(some, their), None), "floats": (floats,)}[how]
+        x = {"codes": (some, their), "floats": (floats,)}[how]
         equal.append(torch.equal(layer(*x), product(some, their, w, bias) * 2))
     return {"equal": equal}
 

@@ -33,7 +33,6 @@ def name(value: object) -> str:
         (Form(128, 4, lse=True), (8, 0)),
         (Form(128, 1), (8, 9)),
         (Form(64, 7, 16, True, True, True), (9, 0)),
-        (Form(64, 16, 64, False, True), (8, 0)),
     ],
     ids=name,
 )

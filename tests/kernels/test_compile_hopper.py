@@ -24,10 +24,8 @@ CHOICES = [
     (64, Form(4), 4096),
     (64, Form(1), 64),  # alone in its cluster
     (128, Form(1), 6144),
-    (128, Form(0, bias=True, bfloat=True), 28672),
     (256, Form(4, bias=True), 28672),
     (4096, Form(2), 4096),  # shares its activations
-    (64, Form(1, raw=True), 4096),
     (256, Form(0, raw=True), 28672),
 ]
 

@@ -46,7 +46,7 @@ def test_tails_with_bias_bf16_and_extreme_codes(
     assert simulator("gemm_case", case=case, plan={"version": version}, **options) == GOOD
 
 
-@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v4", "v5"])
+@pytest.mark.parametrize("version", ["v2", "v4", "v5"])
 def test_the_public_functions_end_to_end(simulator: Simulator, version: str) -> None:
     answer = simulator(
         "public_case", case={"m": 3, "n": 96, "k": 160, "format": "g32"}, version=version, tiled=version == "v2"
@@ -54,6 +54,6 @@ def test_the_public_functions_end_to_end(simulator: Simulator, version: str) -> 
     assert answer == {"equal": True, "version": version, "out": True}
 
 
-@pytest.mark.parametrize("how", ["codes", "tiled", "floats"])
+@pytest.mark.parametrize("how", ["codes", "floats"])
 def test_torch_compile_takes_the_public_functions_in_one_graph(simulator: Simulator, how: str) -> None:
     assert simulator("compiled_case", case={"m": 3, "n": 32, "k": 64, "format": "g32"}, how=how) == {"equal": [True, True]}
