@@ -8,6 +8,7 @@ torch.compile; and the whole as one CUDA graph.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,9 +138,15 @@ NARROW = ("w8a8kv8",)
 # -- what lies between ----------------------------------------------------------------------------------------------------
 
 _compiled: dict[Any, Callable] = {}
-#: torch compiles a function eight times and runs further uses of it uncompiled, with a line in its log. All functions with
-#: given arguments are one to torch, so a few precisions and sizes reach that. What is measured here is compiled or an error.
-compiled = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+
+
+# torch compiles a function eight times and runs further uses of it uncompiled, with a line in its log. All functions with
+# given arguments are one to torch, so a few precisions and sizes reach that. What is measured here is compiled or an error.
+@contextlib.contextmanager
+def compiled() -> Iterator[None]:
+    """No function is run uncompiled in here, or in what this decorates; may be nested."""
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+        yield
 
 
 def fused(function: Callable, *first: Any) -> Callable:
@@ -285,7 +292,7 @@ def choose(model: Geometry, precision: str, tokens: int) -> tuple[Product, ...]:
     return tuple(min(allowed, key=lambda p: product_time(p, n, k, tokens)) for n, k in model.shapes.values())
 
 
-@compiled
+@compiled()
 def product_time(product: Product, n: int, k: int, tokens: int, copies: int = 3) -> float:
     """Microseconds of a product with what prepares it, weights out of L2."""
     w = torch.randn(n, k, device="cuda", dtype=torch.float16) / k**0.5
@@ -341,7 +348,7 @@ def by_backend(compute: Callable[[], torch.Tensor]) -> dict[str, Callable[[], to
     return {name: partial(by, backend) for name, backend in FUSED.items()}
 
 
-@compiled
+@compiled()
 def step_time(model: Geometry, precision: str, batch: int, context: int) -> Time:
     """Of a decode step: embedding, all layers, head. ``context`` tokens a sequence, the new one included; no more than the
     model's window are kept. Raises `measure.Unavailable` where no attention runs."""
@@ -389,7 +396,7 @@ def narrow_steps(
     yield "our pages of 8 bits, kernel v2 (the slow one)", pages
 
 
-@compiled
+@compiled()
 def prefill_time(model: Geometry, precision: str, prompts: int, length: int, layers: int = PREFILL_LAYERS) -> Time:
     """Of a prefill, from ``layers`` layers; embedding and head are left out. Raises `measure.Unavailable` for prompts that
     are longer than the model's window."""

@@ -104,6 +104,22 @@ def test_a_model_with_biases_is_that_of_transformers() -> None:
         assert torch.allclose(torch.stack(steps, 1), want, atol=2e-5)
 
 
+def test_what_is_compiled_may_call_what_is_compiled() -> None:
+    """`step_time` calls `product_time`."""
+    config = torch._dynamo.config
+    before = config.recompile_limit
+
+    @torch_model.compiled()
+    def inner() -> tuple[int, bool]:
+        return config.recompile_limit, config.fail_on_recompile_limit_hit
+
+    @torch_model.compiled()
+    def outer() -> list[tuple[int, bool]]:
+        return [inner(), inner()]
+
+    assert outer() == [(256, True)] * 2 and config.recompile_limit == before < 256
+
+
 def test_prompts_beyond_a_window_are_not_measured() -> None:
     with pytest.raises(measure.Unavailable, match="more than the window of 4096"):
         torch_model.prefill_time(MODELS["Mistral-7B"], "fp16", 1, 4097)
