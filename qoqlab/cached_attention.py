@@ -7,11 +7,14 @@ exact key and value. What they return is INT8 per token, ready for the output GE
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import exact
@@ -58,6 +61,11 @@ class Batch:
     sequences: Sequence[int] = field(default=())
     counts: Sequence[int] = field(default=())
     starts: Sequence[int] = field(default=())
+
+    @functools.cached_property
+    def ends(self) -> torch.Tensor:
+        """Where each sequence's tokens begin, and where the last one's end: int32 on the device."""
+        return torch.tensor([0, *self.counts]).cumsum(0).int().to(self.positions.device)
 
     def next(self) -> Batch:
         """The same sequences one token further."""
@@ -112,6 +120,40 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: 
     return seen[0].transpose(0, 1)
 
 
+#: torch's attentions of one sequence at a time. Not cuDNN's, which plans for 40 ms before every new length.
+ALONE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@functools.cache
+def _side_by_side(device: torch.device, dtype: torch.dtype) -> tuple[Callable, dict[str, Any]] | None:
+    """torch's attention of sequences side by side and how to call it; None where there is none (with windows)."""
+    if device.type != "cuda" or dtype.itemsize != 2 or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return (varlen_attn, {"enable_gqa": True} if "enable_gqa" in known else {}) if "window_size" in known else None
+
+
+def causal_prompts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch, window: int | None = None
+) -> torch.Tensor:
+    """`causal` of every prompt of a batch: query ``[M, Hq, D]``, key and value ``[M, Hkv, D]`` -> ``[M, Hq, D]``.
+
+    On a GPU by one kernel for all prompts where torch has it: FlashAttention, of 16-bit numbers.
+    """
+    packed = _side_by_side(query.device, query.dtype)
+    if packed is None:
+        parts = (t.split(list(batch.counts)) for t in (query, key, value))
+        with sdpa_kernel(ALONE):
+            return torch.cat([causal(q, k, v, window) for q, k, v in zip(*parts, strict=True)])
+    attend, options = packed
+    longest, seen = max(batch.counts), (-1 if window is None else window - 1, 0)
+    return attend(query, key, value, batch.ends, batch.ends, longest, longest, window_size=seen, **options)
+
+
 def heads_of(qkv: torch.Tensor, shape: Shape, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries ``[M, Hq, D]``, keys and values ``[M, Hkv, D]`` side by side in ``qkv``, after the heads' RMSNorms."""
     sizes = [shape.heads, shape.kv_heads, shape.kv_heads]
@@ -159,12 +201,10 @@ class ReferenceAttention:
 
     def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Affine:
         """See `Attention`."""
-        found = []
-        parts = (t.split(list(batch.counts)) for t in self._heads(layer, qkv, batch))
-        for sequence, q, k, v in zip(batch.sequences, *parts, strict=True):
-            found.append(causal(q, k, v, window))
+        query, key, value = self._heads(layer, qkv, batch)
+        for sequence, k, v in zip(batch.sequences, *(t.split(list(batch.counts)) for t in (key, value)), strict=True):
             self.cache.append(layer, sequence, 0, k, v)
-        return self.quantize(torch.cat(found).flatten(1))
+        return self.quantize(causal_prompts(query, key, value, batch, window).flatten(1))
 
     def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Affine:
         """See `Attention`."""
@@ -223,9 +263,7 @@ class KernelAttention:
 
     def prompt(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """See `Attention`."""
-        parts = (t.split(list(batch.counts)) for t in self._append(layer, qkv, batch))
-        seen = [causal(q, k, v, window) for q, k, v in zip(*parts, strict=True)]
-        return self.quantize(torch.cat(seen).flatten(1))
+        return self.quantize(causal_prompts(*self._append(layer, qkv, batch), batch, window).flatten(1))
 
     def step(self, layer: int, qkv: torch.Tensor, batch: Batch, window: int | None) -> Any:
         """See `Attention`."""
