@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 
 from . import attention
 from .architecture import Architecture, Block
 from .arithmetic import Ops, Projection, Weight, side_by_side
-from .cached_attention import IDLE, Attention, Batch, HeadNorms, batch_of
+from .cached_attention import ALONE, IDLE, Attention, Batch, HeadNorms, batch_of
 from .checks import require_count
 from .kv import Keys, KVFormat
 from .sampling import GREEDY, Sampling, choose, draws_of
@@ -266,7 +267,8 @@ class Engine:
                 self.attend.free(sequence)
             raise
         batch = batch_of(sequences, counts, [0] * len(ids), self.device)
-        y, residual = self._hidden(torch.cat(ids).to(self.device), batch, prompt=True)
+        with sdpa_kernel(ALONE):
+            y, residual = self._hidden(torch.cat(ids).to(self.device), batch, prompt=True)
         self.attend.advance(batch)
         self.lengths |= dict(zip(sequences, counts, strict=True))
         last = torch.tensor(counts).cumsum(0).sub(1).to(self.device)

@@ -197,6 +197,9 @@ def serve_arrivals(engine: Engine, job: Round, rate: float, count: int) -> dict[
     for size in sorted({step_size(n) for n in range(1, job.batch + 1)}):  # compiles, and captures all steps
         warm = Round(min(size, job.batch), min(job.prompt, 64), 3)
         Server(engine, budget=PREFILL).run(requests_of(warm, engine.vocabulary))
+    for tokens in (1 << i for i in range(PREFILL.bit_length())):  # prefills of all sizes have kernels of their own
+        lengths = [min(job.prompt, tokens - at) for at in range(0, tokens, job.prompt)][: job.batch]
+        engine.free(engine.prefill([torch.randint(engine.vocabulary, (length,)) for length in lengths])[0])
     requests = arriving(job, rate, count, engine.vocabulary)
     server = Server(engine, budget=PREFILL)
     done = server.run(requests)

@@ -28,6 +28,8 @@ from .ptx import device, f32, i32, u32, u64
 #: What each operation reads and does: "plain" and "norm" x; "add_norm" x + residual, written too; "silu" gate and up.
 OPERATIONS = ("plain", "norm", "add_norm", "silu")
 PIECE_BYTES = 2 * exact.PIECE
+#: The smallest fp16 number with all its 11 bits.
+SMALLEST_NORMAL = 2.0**-14
 #: Pieces a thread up to which gains, or the values of ``up``, wait in registers beside the values.
 HELD = 4
 #: Blocks have at least and at most this many threads; a multiprocessor of compute capability 9.0 holds so many, one of 8.9
@@ -97,14 +99,23 @@ def fold8(x0, x1, x2, x3, x4, x5, x6, x7):
 
 @device
 def code(y, high, low):
-    """``round(y / scale)`` in -127..127, in the low byte."""
+    """``round(y / scale)`` in the low byte, of a quotient that rounds to -127..127."""
+    return u32(ptx.as_int(ptx.add(ptx.fuse(y, high, ptx.multiply(y, low)), f32(exact.ROUNDING))))
+
+
+@device
+def clamped_code(y, high, low):
+    """``round(y / scale)`` clamped to -127..127, in the low byte."""
     quotient = ptx.fuse(y, high, ptx.multiply(y, low))
     clamped = ptx.minimum(ptx.maximum(quotient, f32(-127.0)), f32(127.0))
     return u32(ptx.as_int(ptx.add(clamped, f32(exact.ROUNDING))))
 
 
-def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable, Callable]:
+def int8_writers(kind: str, k: int, threads: int, trusted: bool = True) -> tuple[Callable, Callable, Callable]:
     """How a token ends, as three device functions of a block of ``threads``.
+
+    Codes need no clamp where the scale is a normal number of fp16: no quotient is over 127 (1 + 2**-11). ``trusted``: no
+    value is larger than ``best``; otherwise all are clamped.
 
     ``largest(values, maxima, thread)``: the largest absolute value of a token's 16-bit numbers in registers.
     ``write(values, best, tiles, tokens, token, padded, sums, thread)``: the numbers as INT8 codes in the GEMM's order, their
@@ -121,31 +132,35 @@ def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable, C
         return larger(larger(a0, a1), larger(a2, a3))
 
     @device
-    def word_of_codes(a, b, high, low):
-        x0, x1 = unpack(a)
-        x2, x3 = unpack(b)
-        first = ptx.permute(code(x0, high, low), code(x1, high, low), u32(0x0040))
-        return ptx.permute(first, ptx.permute(code(x2, high, low), code(x3, high, low), u32(0x0040)), u32(0x5410))
-
-    @device
-    def codes_of_piece(j, a0, a1, a2, a3, high, low, at, stride, token, thread):
-        """Store eight codes, return their sum."""
-        piece = u32(u32(j * threads) + thread)
-        if (j + 1) * threads <= written or piece < u32(written):
-            first, second = word_of_codes(a0, a1, high, low), word_of_codes(a2, a3, high, low)
-            chunk = u32(((piece >> u32(1)) ^ token) & u32(7))
-            ptx.stg2(
-                at + u64(piece >> u32(4)) * u64(stride) + u64(chunk * u32(16) + (piece & u32(1)) * u32(8)), first, second
-            )
-            return ptx.dp4a(u32(0x01010101), first, ptx.dp4a(u32(0x01010101), second, i32(0)))
-        return i32(0)
-
-    @device
     def plus(a, b):
         return i32(a + b)
 
+    def writer(one: Callable) -> Callable:
+        """For all pieces of a thread: store codes made by ``one``, return their sum."""
+
+        @device
+        def word_of_codes(a, b, high, low):
+            x0, x1 = unpack(a)
+            x2, x3 = unpack(b)
+            first = ptx.permute(one(x0, high, low), one(x1, high, low), u32(0x0040))
+            return ptx.permute(first, ptx.permute(one(x2, high, low), one(x3, high, low), u32(0x0040)), u32(0x5410))
+
+        @device
+        def codes_of_piece(j, a0, a1, a2, a3, high, low, at, stride, token, thread):
+            piece = u32(u32(j * threads) + thread)
+            if (j + 1) * threads <= written or piece < u32(written):
+                first, second = word_of_codes(a0, a1, high, low), word_of_codes(a2, a3, high, low)
+                chunk = u32(((piece >> u32(1)) ^ token) & u32(7))
+                ptx.stg2(
+                    at + u64(piece >> u32(4)) * u64(stride) + u64(chunk * u32(16) + (piece & u32(1)) * u32(8)), first, second
+                )
+                return ptx.dp4a(u32(0x01010101), first, ptx.dp4a(u32(0x01010101), second, i32(0)))
+            return i32(0)
+
+        return ptx.fold_quads(codes_of_piece, pieces, plus)
+
     largest_of_thread = ptx.fold_quads(largest_of_piece, pieces, larger)
-    write_codes = ptx.fold_quads(codes_of_piece, pieces, plus)
+    write_clamped, write_codes = writer(clamped_code), writer(code)
 
     @device
     def largest(values, maxima, thread):
@@ -169,7 +184,12 @@ def int8_writers(kind: str, k: int, threads: int) -> tuple[Callable, Callable, C
         high = ptx.reciprocal(scale)
         low = ptx.multiply(ptx.fuse(-high, scale, f32(1.0)), high)
         place = ptx.address(tiles) + u64(token) * u64(UNIT_K)
-        count = ptx.sum_of_warp(write_codes(values, high, low, place, u32(padded * u32(UNIT_K)), token, thread))
+        count, stride = i32(0), u32(padded * u32(UNIT_K))
+        if trusted and scale >= f32(SMALLEST_NORMAL):
+            count = write_codes(values, high, low, place, stride, token, thread)
+        else:
+            count = write_clamped(values, high, low, place, stride, token, thread)
+        count = ptx.sum_of_warp(count)
         if lane == u32(0):
             sums[warp] = count
         ptx.named_barrier(u32(0), u32(threads))
@@ -214,7 +234,7 @@ def elementwise(
     pair = PAIRS[kind]
     unpack, pack, times, sum_of = pair.unpack, pair.pack, pair.multiply, pair.add
     pieces, filled, warps = blocks(blocks(k, UNIT_K) * UNIT_K // exact.PIECE, threads), k // exact.PIECE, threads // 32
-    largest, write, fill = int8_writers(kind, k, threads)
+    largest, write, fill = int8_writers(kind, k, threads, not given)
     gated, norm, adding = operation == "silu", "norm" in operation, operation == "add_norm"
     searching, noting = not given and (codes or gated), gated and not codes
     row_bytes, result_bytes = PIECE_BYTES * filled * (2 if gated else 1), PIECE_BYTES * filled

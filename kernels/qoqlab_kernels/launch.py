@@ -10,8 +10,10 @@ import ctypes
 import functools
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -141,22 +143,31 @@ def _check(result: tuple, what: str) -> Any:
     return result[1] if len(result) == 2 else result[1:]
 
 
-def _explode(value: Any) -> list[int]:
-    """A kernel argument as 64-bit words: a tensor as numba's one-dimensional array, an integer as it is."""
-    if isinstance(value, torch.Tensor):
-        count = value.numel()
-        size = value.element_size()
-        return [0, 0, count, size, value.data_ptr(), count, size]
-    return [value]
+@functools.cache
+def _launcher() -> Callable[..., int]:
+    """``cuLaunchKernelEx`` of the driver: the bindings take several times as long, since they copy the configuration."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuLaunchKernelEx
+
+
+def words_of(arguments: Sequence[torch.Tensor | int]) -> list[int]:
+    """Kernel arguments as 64-bit words: a tensor as numba's one-dimensional array, an integer as it is."""
+    words: list[int] = []
+    for value in arguments:
+        if isinstance(value, torch.Tensor):
+            count, size = value.numel(), value.element_size()
+            words += (0, 0, count, size, value.data_ptr(), count, size)
+        else:
+            words.append(value)
+    return words
 
 
 class Kernel:
-    """A compiled program, loaded on one device."""
+    """A compiled program, loaded on one device, whose context is current."""
 
-    def __init__(self, program: Program, code: bytes, name: str) -> None:
+    def __init__(self, program: Program, code: bytes, name: str, device: int) -> None:
         from cuda.bindings import driver
 
-        self.program, self.name, self._driver = program, name, driver
+        self.program, self.name, self.device, self._driver = program, name, device, driver
         self._module = _check(driver.cuModuleLoadData(code), f"{name}: loading")
         functions = _check(driver.cuModuleEnumerateFunctions(1, self._module), name)
         self.handle = functions[0]
@@ -165,9 +176,13 @@ class Kernel:
             driver.cuFuncSetAttribute(self.handle, attribute, program.shared),
             f"{name}: {program.shared} bytes of shared memory",
         )
+        self._address, self._start = ctypes.c_void_p(int(self.handle)), _launcher()
+        self._context = _check(driver.cuCtxGetCurrent(), name)
+        self._threads = threading.local()
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (kernels live as long as the process)
-    def _config(self, grid: tuple[int, int, int], stream: int) -> Any:
+    def _config(self, grid: tuple[int, int, int], stream: int) -> tuple[Any, ctypes.c_void_p]:
+        """A launch's configuration and where it lies."""
         d, p = self._driver, self.program
         config = d.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
@@ -185,17 +200,25 @@ class Kernel:
             overlap.value.programmaticStreamSerializationAllowed = 1
             attributes.append(overlap)
         config.attrs, config.numAttrs = attributes, len(attributes)
-        return config
+        return config, ctypes.c_void_p(config.getPtr())
+
+    def _room(self, count: int) -> tuple[Any, Any]:
+        """This thread's room for arguments, and pointers to them."""
+        if not hasattr(self._threads, "room"):
+            _check(self._driver.cuCtxSetCurrent(self._context), self.name)  # a new thread has none
+            values = (ctypes.c_uint64 * count)()
+            start = ctypes.addressof(values)
+            self._threads.room = values, (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+        return self._threads.room
 
     def __call__(self, grid: tuple[int, int, int], arguments: Sequence[torch.Tensor | int]) -> None:
-        """Launch on torch's current stream."""
-        words = [word for value in arguments for word in _explode(value)]
-        values = (ctypes.c_uint64 * len(words))(*words)
-        start = ctypes.addressof(values)
-        pointers = (ctypes.c_void_p * len(words))(*range(start, start + 8 * len(words), 8))
-        config = self._config(grid, torch.cuda.current_stream().cuda_stream)
-        status = self._driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0)
-        _check(status, f"{self.name}: launching {grid}")
+        """Launch on torch's current stream of the device."""
+        words = words_of(arguments)
+        values, pointers = self._room(len(words))
+        values[:] = words
+        status = self._start(self._config(grid, current_stream(self.device))[1], self._address, pointers, None)
+        if status:
+            raise RuntimeError(f"{self.name}: launching {grid}: {self._driver.CUresult(status).name}")
 
 
 @functools.cache
@@ -203,16 +226,26 @@ def kernel(build: Callable[..., Program], constants: tuple, device: int) -> Kern
     """The kernel ``build(*constants)`` for a CUDA device, compiled and loaded once."""
     capability = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):  # makes torch's context current
-        return Kernel(*binary(build, constants, capability), f"{build.__name__}{constants}")
+        return Kernel(*binary(build, constants, capability), f"{build.__name__}{constants}", device)
+
+
+def on(device: int) -> AbstractContextManager:
+    """Torch's context of a device; nothing to do where it is current, as it mostly is."""
+    return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def current_stream(device: int) -> int:
+    """Handle of torch's current stream; a `torch.cuda.Stream` takes longer to make than a kernel to launch."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def capture_id() -> int:
     """Number of the CUDA graph capture that the current stream is part of, 0 outside of captures."""
-    from cuda.bindings import driver
-
-    stream = torch.cuda.current_stream().cuda_stream
     if not torch.cuda.is_current_stream_capturing():
         return 0
+    from cuda.bindings import driver
+
+    stream = current_stream(torch.cuda.current_device())
     return int(_check(driver.cuStreamGetCaptureInfo(stream), "capture")[1])
 
 

@@ -24,7 +24,7 @@ def _run(build: Callable[..., launch.Program], constants: tuple, grid: tuple[int
         launch.simulate(build(*constants), grid, arguments)
         return
     device = arguments[0].device.index
-    with torch.cuda.device(device):
+    with launch.on(device):
         launch.kernel(build, constants, device)(grid, arguments)
 
 
@@ -344,9 +344,9 @@ def room(size: int, count: int, device: torch.device) -> tuple[torch.Tensor, tor
     place: tuple = (device,)
     capture = 0
     if device.type == "cuda":
-        with torch.cuda.device(device):
+        with launch.on(device.index):
             capture = launch.capture_id()
-            place = (device, torch.cuda.current_stream().cuda_stream, capture > 0)
+            place = (device, launch.current_stream(device.index), capture > 0)
     found = _workspaces.get(place)
     if found is None or found.capture != capture or found.parts.numel() < size or found.counters.numel() < count:
         found = _workspaces[place] = Workspace(capture, *_new_room(size, max(count, 4096), device))

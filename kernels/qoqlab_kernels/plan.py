@@ -117,7 +117,13 @@ def remember(name: str, plan: Plan) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
     part.replace(path)
+    forget()
+
+
+def forget() -> None:
+    """Read the tables again at their next use."""
     tuned.cache_clear()
+    _plan_for.cache_clear()
 
 
 def rules(version: str, m: int, n: int, k_blocks: int, form: gemm.Form, processors: int) -> Plan:
@@ -187,7 +193,11 @@ def _fitted(plan: Plan, form: gemm.Form) -> Plan:
 
 def plan_for(m: int, n: int, k: int, form: gemm.Form, capability: tuple[int, int], processors: int, gpu: str = "") -> Plan:
     """The plan for a product on a GPU of ``processors`` multiprocessors: tuned if it was measured, else by `rules`."""
-    version = version_for(capability)
+    return _plan_for(version_for(capability), m, n, k, form, processors, gpu)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_for(version: str, m: int, n: int, k: int, form: gemm.Form, processors: int, gpu: str) -> Plan:
     for groups in (form.groups, 1):  # what is best for groups of 128 is good for others, whose units have other scales
         found = tuned().get(key(gpu, m, n, k, groups))
         if found and found["version"] == version:

@@ -180,10 +180,12 @@ def _laid_out(x: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def quantize_case(m: int, k: int, dtype: str, how: str = "contiguous") -> dict:
-    """`quantize_activations` against `quantize_per_token_s8` and `tile_activations`; the second token is all zeros."""
+    """`quantize_activations` against `quantize_per_token_s8` and `tile_activations`; the second token is all zeros, the
+    third so small that its scale has a single bit: all its values are 180 of these."""
     generator = torch.Generator().manual_seed(m * k)
     x = torch.randn(m, k, generator=generator) * torch.logspace(-6, 3, m)[:, None]
     x[1:2] = 0
+    x[2:3] = x[2:3].sign() * 180 * 2**-24
     x[0, :2] = torch.tensor([100.0, -99.99])  # the last bit of a division decides their codes in fp16
     if dtype == "int8":
         codes, scales = cases.extreme_codes(m, k)

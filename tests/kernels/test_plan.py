@@ -16,7 +16,7 @@ from qoqlab_kernels import plan as exported
 from qoqlab_kernels.cases import BATCHES, LAYERS
 from qoqlab_kernels.gemm import SHARED_HALF, SHARED_LIMIT, Form, Ring, stages_that_fit
 from qoqlab_kernels.layout import MAX_K
-from qoqlab_kernels.plan import SHIPPED, TOKENS, Plan, key, plan_for, remember, rules, tuned, version_for
+from qoqlab_kernels.plan import SHIPPED, TOKENS, Plan, forget, key, plan_for, remember, rules, tuned, version_for
 
 #: Shared memory of one block: GeForce of 8.6 and 8.9 have the least.
 SHARED_LIMIT_SM89 = 99 * 1024
@@ -34,9 +34,9 @@ PROBLEMS = {
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder of this test's own."""
     monkeypatch.setenv("QOQLAB_CACHE", str(tmp_path / "cache"))
-    tuned.cache_clear()
+    forget()
     yield tmp_path / "cache"
-    tuned.cache_clear()
+    forget()
 
 
 def plain(function):
