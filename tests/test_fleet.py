@@ -51,9 +51,10 @@ def stepped(requests, s):
             for i in new:
                 first[i], running[i] = now, 1
         elif running:
-            cached = sum(prompt[i] + made - 1 for i, made in running.items())
-            now += s.step + s.per_sequence * len(running) + s.per_cached * cached
-            running = {i: made + 1 for i, made in running.items()}
+            for _ in range(min(s.turn, *(output[i] - made for i, made in running.items()))):
+                cached = sum(prompt[i] + made - 1 for i, made in running.items())
+                now += s.step + s.per_sequence * len(running) + s.per_cached * cached
+                running = {i: made + 1 for i, made in running.items()}
         else:
             now = arrival[following]
         for i in [i for i, made in running.items() if made == output[i]]:
@@ -62,12 +63,14 @@ def stepped(requests, s):
     return first, finish
 
 
+@pytest.mark.parametrize("turn", [1, 8])
 @pytest.mark.parametrize("rate", [2.0, 12.0, 60.0])
-def test_events_are_the_steps_between_them(rate):
+def test_events_are_the_steps_between_them(rate, turn):
     rng = np.random.default_rng(3)
     requests = poisson(rate, 300).assign(prompt=rng.integers(1, 150, 300), output=rng.integers(1, 60, 300))
-    served = simulate(requests, SMALL)
-    first, finish = stepped(requests, SMALL)
+    server = replace(SMALL, turn=turn)
+    served = simulate(requests, server)
+    first, finish = stepped(requests, server)
     assert served["first"].to_numpy() == pytest.approx(first, rel=1e-9)
     assert served["finish"].to_numpy() == pytest.approx(finish, rel=1e-9)
 

@@ -4,7 +4,7 @@
 
 The record is one of ``python -m qoqlab.serve.bench --arrivals``, or holds the same: ``requests``, a list of ``arrival``,
 ``prompt``, ``output``, ``first`` and ``finish`` (seconds from one clock, and tokens); ``sequences`` and ``tokens``, how many
-ran at once at most and how many tokens the cache had room for. With ``steps`` (``batch``, ``cached``, ``seconds``) and
+ran at once at most and how many tokens the cache had room for; ``turn``, steps in a row while prompts wait. With ``steps`` (``batch``, ``cached``, ``seconds``) and
 ``prefills`` (``prompts``, ``seconds``) times are fitted on the run's own steps, otherwise predicted for ``--model`` and
 ``--precision`` on an H200. Prints mean and 95th percentile of the time to the first token and to the last: measured,
 simulated, error. The target is 15 %.
@@ -29,9 +29,10 @@ from qoqlab.serve.surface import Surface, measured_surface, surface
 
 def surface_of(record: dict[str, Any], model: str, precision: str) -> Surface:
     """The server as numbers: from its own steps where it kept them."""
-    room = {"sequences": int(record["sequences"]), "tokens": int(record["tokens"])}
+    room = {name: int(record[name]) for name in ("sequences", "tokens", "turn") if name in record}
     if "steps" in record:
-        return measured_surface(pd.DataFrame(record["steps"]), pd.DataFrame(record["prefills"]), **room)
+        steps, prefills = (pd.DataFrame(record[name]) for name in ("steps", "prefills"))
+        return replace(measured_surface(steps, prefills, room["sequences"], room["tokens"]), **room)
     system = TORCH_FP16 if precision == "fp16" else OURS
     return replace(surface(MODELS[model], PRECISIONS[precision], GPUS["H200"], system), **room)
 

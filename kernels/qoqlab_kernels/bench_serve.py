@@ -215,6 +215,7 @@ def serve_arrivals(engine: Engine, job: Round, rate: float, count: int) -> dict[
     return {
         "sequences": job.batch,
         "tokens": engine.pages * planner.PAGE,
+        "turn": server.ahead,
         "seconds": float(table["finish"].max()),
         "requests": table.drop(columns=["reason", "preemptions"]).to_dict("records"),
         "steps": steps,

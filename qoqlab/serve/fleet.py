@@ -4,7 +4,7 @@ Every GPU is a server with continuous batching, described by a `Surface`. Betwee
 sequence that ends) the batch is constant and the time of any number of steps has a closed form, so nothing is simulated step
 by step.
 
-The server is simpler than a real one. Prompts wait for the end of a step and go first, in order of arrival, as many as fit;
+The server is simpler than a real one. Prompts wait for the end of a turn of steps and go first, in order of arrival, as many as fit;
 prefill makes the first token. Memory for prompt and output is reserved on admission, so nobody is ever preempted.
 """
 
@@ -111,9 +111,9 @@ class _Server:
             batch, since = len(self.running), self.env.now
             steps = self.running[0][0] - self.steps
             yield self.env.timeout(self.surface.decode_seconds(steps, batch, self.cached)) | self.bell
-            if self.bell.triggered:  # the step under way is finished first
-                elapsed = self.env.now - since
-                steps = min(steps, self.surface.steps_within(elapsed, batch, self.cached))
+            if self.bell.triggered:  # the turn under way is finished first
+                elapsed, turn = self.env.now - since, self.surface.turn
+                steps = min(steps, math.ceil(self.surface.steps_within(elapsed, batch, self.cached) / turn) * turn)
                 yield self.env.timeout(max(0.0, self.surface.decode_seconds(steps, batch, self.cached) - elapsed))
             self.bell = None
             self.steps += steps

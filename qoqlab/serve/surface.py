@@ -27,6 +27,7 @@ class Surface:
     A step of B sequences with S cached tokens in all takes ``step + per_sequence * B + per_cached * S``. Prompts of P tokens
     in all take ``prefill + per_prompt * P``, and ``per_square`` times the sum of their squares. At most ``sequences`` run at
     once, with room for ``tokens`` of prompt and output; one prefill takes at most ``burst`` prompt tokens (or one prompt).
+    A new prompt waits for the end of a turn of ``turn`` steps (`server.Server`'s ``ahead``).
     """
 
     step: float
@@ -38,6 +39,7 @@ class Surface:
     tokens: int
     per_square: float = 0.0
     burst: int = 8192
+    turn: int = 1
 
     def __post_init__(self) -> None:
         for name in ("step", "per_sequence", "per_cached", "prefill", "per_prompt", "per_square"):
@@ -46,7 +48,7 @@ class Surface:
                 raise ValueError(f"{name}: expected a number of seconds of at least 0, got {value!r}")
         if self.step + self.per_sequence == 0:
             raise ValueError("step: a step of one sequence has to take time; step and per_sequence are both 0")
-        for name in ("sequences", "tokens", "burst"):
+        for name in ("sequences", "tokens", "burst", "turn"):
             require_count(name, getattr(self, name), 1)
 
     def decode_seconds(self, steps: float, batch: int, cached: float) -> float:
