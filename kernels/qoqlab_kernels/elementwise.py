@@ -35,8 +35,11 @@ HELD = 4
 #: Blocks have at least and at most this many threads; a multiprocessor of compute capability 9.0 holds so many, one of 8.9
 #: a quarter less.
 FEWEST_THREADS, MOST_THREADS, RESIDENT_THREADS = 64, 1024, 2048
-#: Tokens of a multiprocessor beyond which threads take two pieces each: of operations with much to do, and of "plain".
-QUEUE, PLAIN_QUEUE = 8, 4
+#: Tokens of a multiprocessor beyond which threads take two pieces each: of operations that read more than they keep, and of
+#: the others ("plain" and norms).
+QUEUE, SHORT_QUEUE = 8, 4
+#: Blocks that fetch the gains ahead of time. If all of them do, they queue for the same lines: 2 us more for 1024 tokens.
+FETCHING = 8
 
 
 def threads_for(m: int, k: int, processors: int, queue: int = QUEUE) -> int:
@@ -333,7 +336,7 @@ def elementwise(
         token, thread = u32(cuda.blockIdx.x), u32(cuda.threadIdx.x)
         if overlap:
             ptx.allow_next_kernel()
-            if norm:
+            if norm and token < u32(FETCHING):
                 fetch(none(), ptx.address(gain), thread)  # into L2 only: whoever writes the gains may still be at it
             ptx.wait_for_previous_kernel()
         row = u64(token) * u64(row_bytes)

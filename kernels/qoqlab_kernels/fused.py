@@ -329,7 +329,9 @@ def _launch(
     capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(x.device.index)[:2]
     if ptx.SIMULATED:  # whose arrays are numpy's, which has no bf16
         arrays = [t.view(torch.int16) if t.element_size() == 2 else t for t in arrays]
-    constants = (operation, KINDS[x.dtype], k, elementwise.threads_for(m, k, processors), codes, capability >= (9, 0))
+    queue = elementwise.QUEUE if operation == "silu" else elementwise.SHORT_QUEUE
+    threads = elementwise.threads_for(m, k, processors, queue)
+    constants = (operation, KINDS[x.dtype], k, threads, codes, capability >= (9, 0))
     _run(elementwise.elementwise, constants, (padded if codes else m, 1, 1), [*arrays, m, padded, _bits(eps)])
     if largest:
         return out, tokens.view(torch.float32)[:, 0]

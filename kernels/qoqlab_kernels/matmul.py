@@ -74,7 +74,7 @@ def quantize_activations(
     tokens = torch.empty(padded, 2, dtype=torch.int32, device=x.device)
     if x.element_size() == 2:
         capability, processors = ((8, 0), 132) if ptx.SIMULATED else _gpu(x.device.index)[:2]
-        threads = elementwise.threads_for(m, k, processors, elementwise.PLAIN_QUEUE)
+        threads = elementwise.threads_for(m, k, processors, elementwise.SHORT_QUEUE)
         constants = ("plain", KINDS[x.dtype], k, threads, True, capability >= (9, 0), largest is not None)
         x = x.view(torch.uint16)
         best = x if largest is None else largest.contiguous()

@@ -4,8 +4,8 @@ Every GPU is a server with continuous batching, described by a `Surface`. Betwee
 sequence that ends) the batch is constant and the time of any number of steps has a closed form, so nothing is simulated step
 by step.
 
-The server is simpler than a real one. Prompts wait for the end of a turn of steps and go first, in order of arrival, as many as fit;
-prefill makes the first token. Memory for prompt and output is reserved on admission, so nobody is ever preempted.
+The server is simpler than a real one. Prompts wait for the end of a turn of steps and go first, in order of arrival, as many
+as fit; prefill makes the first token. Memory for prompt and output is reserved on admission, so nobody is ever preempted.
 """
 
 from __future__ import annotations

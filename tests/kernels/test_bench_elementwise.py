@@ -81,7 +81,7 @@ def test_the_benchmark_hands_over(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_threads_of_a_block() -> None:
     assert [elementwise.threads_for(m, 4096, 132) for m in (1, 132, 1056, 1057)] == [512, 512, 512, 256]
-    assert [elementwise.threads_for(m, 4096, 132, elementwise.PLAIN_QUEUE) for m in (528, 529)] == [512, 256]
+    assert [elementwise.threads_for(m, 4096, 132, elementwise.SHORT_QUEUE) for m in (528, 529)] == [512, 256]
     assert [elementwise.threads_for(m, 14336, 132) for m in (1, 132, 133, 4096)] == [1024, 1024, 512, 512]
     assert elementwise.threads_for(1, 32, 132) == 64  # the fewest
     assert [elementwise.threads_for(4096, k, 132) for k in (32768, 53248)] == [512, 1024]  # 8 and 7 pieces a thread
