@@ -4,10 +4,10 @@
 
 The record is one of ``python -m qoqlab.serve.bench --arrivals``, or holds the same: ``requests``, a list of ``arrival``,
 ``prompt``, ``output``, ``first`` and ``finish`` (seconds from one clock, and tokens); ``sequences`` and ``tokens``, how many
-ran at once at most and how many tokens the cache had room for; ``turn``, steps in a row while prompts wait. With ``steps``
-(``batch``, ``cached``, ``seconds``) and ``prefills`` (``prompts``, ``seconds``) times are fitted on the run's own steps, otherwise predicted for ``--model`` and
-``--precision`` on an H200. Prints mean and 95th percentile of the time to the first token and to the last: measured,
-simulated, error. The target is 15 %.
+ran at once at most and how many tokens the cache had room for; ``turn``, steps in a row while prompts wait. With
+``steps`` (``batch``, ``cached``, ``seconds``) and ``prefills`` (``prompts``, ``seconds``) times are fitted on the run's
+own steps, otherwise predicted for ``--model`` and ``--precision`` on an H200. Prints mean and 95th percentile of the time
+to the first token and to the last: measured, simulated, error. The target is 15 %.
 """
 
 from __future__ import annotations
