@@ -275,7 +275,8 @@ class KernelAttention:
             seen, lse = torch.zeros_like(query), query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
         else:
             past = None if window is None else window - 1
-            seen, lse = self.kernels.kv4_attention(query, self.cache, layer, batch.slots, window=past, lse=True)
+            options = {"window": past, "lse": True, "settled": True}  # the kernel before has positions given
+            seen, lse = self.kernels.kv4_attention(query, self.cache, layer, batch.slots, **options)
         if layer == self.shape.layers - 1:
             self.cache.lengths[:, batch.slots.long()] = batch.positions + 1
         return self.join(seen, lse, query, key, value)

@@ -119,6 +119,7 @@ def kv4_attention(
     window: int | None = None,
     softcap: float | None = None,
     lse: Literal[False] = False,
+    settled: bool = False,
 ) -> torch.Tensor: ...
 
 
@@ -133,6 +134,7 @@ def kv4_attention(
     softcap: float | None = None,
     *,
     lse: Literal[True],
+    settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -145,6 +147,7 @@ def kv4_attention(
     window: int | None = None,
     softcap: float | None = None,
     lse: bool = False,
+    settled: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """One decode step of attention: ``query [B, Hq, D]`` fp16 or bf16 against the cached tokens of ``B`` sequences.
 
@@ -152,6 +155,10 @@ def kv4_attention(
     ``sequences``: numbers from `PagedKV4.open`, or an int32 tensor of them on the device, which is not looked into (for CUDA
     graphs; lengths and pages are read on the device, so a captured launch sees them grow). ``scale`` defaults to
     ``D ** -0.5``. ``window``: only the last so many tokens. ``softcap``: scores become ``softcap * tanh(score / softcap)``.
+
+    ``settled``: the kernel before this one on the stream writes neither lengths, page tables, ``sequences`` nor tokens that
+    the lengths count, and began its work when those before it had ended. `fused.rope_kv4_append` with positions is such a
+    kernel. Then pages are fetched while it runs (compute capability 9.0).
 
     Returns ``[B, Hq, D]`` in the query's dtype: `qoqlab.reference.kv4_attention` within 1e-3 (relative, before the last
     rounding); zeros for a sequence without tokens. With ``lse`` a pair: that, and the natural log-sum-exp of the scaled (and
@@ -187,7 +194,7 @@ def kv4_attention(
     sums = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if lse else None
     if len(slots):
         bfloat, bits = query.dtype == torch.bfloat16, cache.layout.bits
-        form = Form(cache.head_dim, group, cache.page_size, bfloat, softcap is not None, lse, bits)
+        form = Form(cache.head_dim, group, cache.page_size, bfloat, softcap is not None, lse, bits, settled)
         scale = cache.head_dim**-0.5 if scale is None else scale
         run(attention_plan(form, query.device), form, query, cache, layer, slots, (out, sums), (scale, window or 0, softcap))
     return out if sums is None else (out, sums)

@@ -2,9 +2,13 @@
 
     python -m qoqlab_kernels.bench kv4_decode --json data/benchmarks/kv4_decode.json
 
-Every result is compared with an fp32 reference on the dequantised cache before it is timed and after. Peers are torch's
-flash and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries (``enable_gqa``), and
-with the query group as the sequence of queries, which is the same product without masking and what serving libraries do.
+Every result is compared with an fp32 reference on the dequantised cache before it is timed and after. ``us`` is the time
+of one attention after another; ``in_step_us`` what it adds to the RoPE and append before it, as in a decode step, where
+it fetches pages while they run (`attention.kv4_attention`, ``settled``). ``ladder``: versions v1 to v3, where short.
+
+Peers are torch's flash and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries
+(``enable_gqa``), and with the query group as the sequence of queries, which is the same product without masking and what
+serving libraries do.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import argparse
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +28,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from qoqlab import reference
 from qoqlab.kv import QuantizedKV, quantize_kv4
 
-from . import attention, measure
+from . import attention, fused, kv4_ladder, measure
 from .cache import PagedKV4
 from .kv4 import Form
 
 MODULE = "qoqlab_kernels.bench"
 #: Largest relative error of a result against fp32, of the kernel and of a peer.
 TOLERANCE, PEER_TOLERANCE = 2e-3, 5e-3
+#: Largest cache on which the ladder's first versions are timed.
+LADDER_BYTES = 30e6
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -135,9 +141,11 @@ def checked_time(
     return us, max(error_of(out, want) for out in outputs)
 
 
-def time_kernel(data: Operands, form: Form, about_us: float) -> tuple[float, float, attention.AttentionPlan]:
+def time_kernel(
+    data: Operands, form: Form, about_us: float, plan: attention.AttentionPlan | None = None
+) -> tuple[float, float, attention.AttentionPlan]:
     """(microseconds, largest relative error, plan) of the kernel."""
-    plan = attention.attention_plan(form, data.query.device)
+    plan = plan or attention.attention_plan(form, data.query.device)
     outputs = [torch.empty_like(data.query) for _ in range(data.cache.layers)]
     options = (form.head_dim**-0.5, 0, None)
     calls = [
@@ -145,6 +153,30 @@ def time_kernel(data: Operands, form: Form, about_us: float) -> tuple[float, flo
         for layer, out in enumerate(outputs)
     ]
     return (*checked_time(calls, outputs, data.want, about_us), plan)
+
+
+def time_in_step(data: Operands, form: Form, about_us: float) -> float:
+    """Microseconds that attention adds to the RoPE and append before it. The cache's last tokens become others, which
+    attention does not see."""
+    cache, past = data.cache, data.keys.shape[2] - 1
+    positions = torch.full_like(data.slots, past)
+    cache.lengths.fill_(past)
+    beside = torch.randn(len(data.slots), 2 * cache.kv_heads, cache.head_dim, device="cuda").half()
+    qkv = torch.cat([data.query, beside], 1).flatten(1)
+    cos = torch.ones(past + 1, cache.head_dim // 2, device="cuda", dtype=torch.float16)
+    want = reference.kv4_attention(data.query.float(), data.keys[:, :, :past].float(), data.values[:, :, :past].float())
+    form, options = replace(form, settled=True), (form.head_dim**-0.5, 0, None)
+    plan = attention.attention_plan(form, data.query.device)
+    outputs = [torch.empty_like(data.query) for _ in range(cache.layers)]
+
+    def before(layer: int) -> torch.Tensor:
+        return fused.rope_kv4_append(cache, layer, data.slots, qkv, cos, cos * 0, positions)[0]
+
+    def both(layer: int, out: torch.Tensor) -> None:
+        attention.run(plan, form, before(layer), cache, layer, data.slots, (out, None), options)
+
+    us = checked_time([partial(both, *pair) for pair in enumerate(outputs)], outputs, want, about_us)[0]
+    return us - measure.graph_time([partial(before, layer) for layer in range(cache.layers)], about_us)
 
 
 def time_peers(data: Operands, point: Point, cache_bytes: int, about_us: float) -> tuple[dict[str, float], dict[str, str]]:
@@ -185,6 +217,10 @@ def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) 
         data = operands(point, min(measure.copies(point.cache_bytes, cache_bytes), 32), seed)
         us, error, plan = time_kernel(data, point.form, bound)
         times, refused = time_peers(data, point, cache_bytes, 4 * bound) if peers else ({}, {})
+        ladder = {
+            version: time_kernel(data, point.form, 1e9, attention.AttentionPlan(version))[0]
+            for version in (kv4_ladder.VERSIONS if point.cache_bytes <= LADDER_BYTES else ())
+        }
         for name, why in refused.items():
             print(f"{point.batch} x {point.tokens}: no {name}: {why}", flush=True)
         yield {
@@ -195,6 +231,8 @@ def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) 
             "of_bandwidth": bound / us,
             "tb_per_s": point.least_bytes / us / 1e6,
             "relative_error": error,
+            "in_step_us": time_in_step(data, point.form, bound),
+            "ladder": ladder,
             "peers": times,
             "plan": asdict(plan),
         }
@@ -202,14 +240,29 @@ def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) 
 
 def point_table(results: Sequence[dict[str, Any]]) -> str:
     """Every point with its bound, the share of the bandwidth, its best peer and its aim."""
-    names = ["B", "tokens", "heads", "D", "us", "bound", "% of bandwidth", "TB/s", "error", "best peer", "us", "target", ""]
+    names = [
+        "B",
+        "tokens",
+        "heads",
+        "D",
+        "us",
+        "in a step",
+        "bound",
+        "% of bandwidth",
+        "TB/s",
+        "error",
+        "best peer",
+        "us",
+        "target",
+        "",
+    ]
     rows = []
     for r in results:
         best = min(r["peers"], key=r["peers"].__getitem__, default=None)
         met = "" if r["target_us"] is None else "met" if r["us"] <= r["target_us"] else "missed"
         rows.append(
-            [r["batch"], r["tokens"], f"{r['heads']}/{r['kv_heads']}", r["head_dim"], r["us"], r["bound_us"],
-             100 * r["of_bandwidth"], r["tb_per_s"], f"{r['relative_error']:.0e}", best, r["peers"].get(best),
+            [r["batch"], r["tokens"], f"{r['heads']}/{r['kv_heads']}", r["head_dim"], r["us"], r["in_step_us"],
+             r["bound_us"], 100 * r["of_bandwidth"], r["tb_per_s"], f"{r['relative_error']:.0e}", best, r["peers"].get(best),
              r["target_us"], met]
         )  # fmt: skip
     return measure.table(names, rows)

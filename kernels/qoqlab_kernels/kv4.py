@@ -57,7 +57,7 @@ BATCH = 16
 class Form:
     """What a kernel is compiled for: ``group`` query heads share a KV head (1..16); ``bfloat``: query and result in bf16
     instead of fp16; ``softcap``: scores pass ``cap * tanh(score / cap)``; ``lse``: scores' log-sum-exp is a result too;
-    ``bits`` of a number in the cache."""
+    ``bits`` of a number in the cache; ``settled``: see `attention.kv4_attention`."""
 
     head_dim: int
     group: int
@@ -66,6 +66,7 @@ class Form:
     softcap: bool = False
     lse: bool = False
     bits: int = 4
+    settled: bool = False
 
     @property
     def layout(self) -> ChunkLayout:
@@ -199,6 +200,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
     parts_at, barriers_at, words_at = ring.parts, ring.barriers, ring.words
     token_tiles, steps, vectors, threads = size // 16, d // 16, d // 64, 32 * warps
     quads, bfloat, leaves_lse, shift = d // 4, form.bfloat, form.lse, size.bit_length() - 1
+    late = overlap and form.settled  # pages are on their way before the previous kernel has ended
     span, finish, wait_oldest = spanner(form), capper(form), ptx.copy_wait(stages - 1)
     pack = ptx.pack_bfloat if bfloat else ptx.pack_half
     # registers of a thread, as arrays whose indices the compiler knows
@@ -394,7 +396,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
         barriers = base + u32(barriers_at) + u32(warp * u32(8 * stages))
         if bulk:
             prepare(barriers, lane)
-        if overlap:
+        if overlap and not late:
             ptx.wait_for_previous_kernel()
             ptx.allow_next_kernel()
         # how many pages there are, and where this block's run of them starts
@@ -409,6 +411,8 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
                 filled = u32(filled + u32(1))
             elif ptx.modulo(u32(b), u32(cuda.gridDim.x)) == worker:
                 # no tokens, nothing to attend to: zeros
+                if late:
+                    ptx.wait_for_previous_kernel()
                 for item in range(kv_heads * u32(group * d // 2)):
                     at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
                     ptx.stg1(ptx.address(out) + at * u64(4), u32(0))
@@ -493,6 +497,9 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
                         number_a = number(tables, line_a, page_a)
                 elif not bulk:
                     ptx.copy_commit()
+            if late:
+                ptx.wait_for_previous_kernel()
+                ptx.allow_next_kernel()
             stage = phase = side = u32(0)
             scale_given, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
             queries, sums = cuda.local.array(query_words, u32), cuda.local.array(columns, f32)

@@ -167,8 +167,8 @@ def rope_kv4(kind: str, heads: int, kv_heads: int, chunk: ChunkLayout, stepwise:
     def kernel(qkv, cosines, sines, slots, positions, tables, lengths, pool, queries, keys, width):
         token, thread = u32(cuda.blockIdx.x), u32(cuda.threadIdx.x)
         if overlap:
-            ptx.allow_next_kernel()
             ptx.wait_for_previous_kernel()
+            ptx.allow_next_kernel()  # not before: attention may fetch pages at once, see `attention.kv4_attention`
         slot = ptx.ldr1(ptx.address(slots) + u64(token) * u64(4))
         offset = u64(channel_of(u32(thread % u32(lanes)))) * u64(2)
         # all heads at once, while slot, position and page are looked up one after the other

@@ -21,7 +21,7 @@ BRANCHES = 140
 
 def name(value: object) -> str:
     if isinstance(value, Form):
-        more = "".join(f"-{k}" for k in ("bfloat", "softcap", "lse") if getattr(value, k))
+        more = "".join(f"-{k}" for k in ("bfloat", "softcap", "lse", "settled") if getattr(value, k))
         return f"d{value.head_dim}-g{value.group}-p{value.page_size}{more}"
     return f"sm{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
 
@@ -29,7 +29,7 @@ def name(value: object) -> str:
 @pytest.mark.parametrize(
     ("form", "capability"),
     [
-        (Form(128, 4, lse=True), (9, 0)),
+        (Form(128, 4, lse=True, settled=True), (9, 0)),
         (Form(128, 4, lse=True), (8, 0)),
         (Form(128, 1), (8, 9)),
         (Form(64, 7, 16, True, True, True), (9, 0)),
@@ -48,7 +48,7 @@ def test_v4(form: Form, capability: tuple, tmp_path: Path) -> None:
 
 def test_wide_groups_spill_little(tmp_path: Path) -> None:
     """Two tiles of queries at head_dim 128 need every register; a few numbers that change once a segment leave them."""
-    form = Form(128, 16, lse=True)
+    form = Form(128, 16, lse=True, settled=True)
     program = kv4.v4(*plan_for(form, (9, 0), 100, *SHARED[9, 0]).constants(form))
     made = compile_offline(program, (9, 0), tmp_path)
     assert made.registers <= 255 and made.opcodes["LDL"] <= 40 and made.opcodes["STL"] <= 24

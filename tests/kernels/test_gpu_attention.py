@@ -91,6 +91,22 @@ def test_window_and_softcap(bfloat: bool) -> None:
     check(Form(128, 4, 64, bfloat, True), 2, [3000, 200, 5], window=333, softcap=20.0)
 
 
+@pytest.mark.parametrize("lengths", [[5000], [64, 1, 0, 1000], [1536] * 16])
+def test_pages_fetched_while_a_token_is_appended(lengths: list[int]) -> None:
+    """``settled``, behind the kernel that writes the token after those that are attended to, twenty times in a row."""
+    room = [length + 1 for length in lengths]
+    cache, slots = filled(Form(128, 4), 2, room, device="cuda")
+    sequences, past = torch.tensor(slots, dtype=torch.int32, device="cuda"), torch.tensor(lengths, device="cuda").int()
+    cache.lengths[:, sequences.long()] = past
+    cos = torch.ones(max(room), 64, device="cuda", dtype=torch.float16)
+    for _ in range(20):
+        qkv = torch.randn(len(lengths), 12 * 128, device="cuda").half()
+        query, _ = qk.rope_kv4_append(cache, 1, sequences, qkv, cos, cos * 0, positions=past)
+        got = qk.kv4_attention(query, cache, 1, sequences, lse=True, settled=True)
+        assert all(map(torch.equal, got, qk.kv4_attention(query, cache, 1, sequences, lse=True)))
+    assert got[0][past > 0].isfinite().all() and (got[0][past == 0] == 0).all()
+
+
 def test_hundreds_of_sequences() -> None:
     check(Form(128, 4), 2, [1 + 7 * i for i in range(300)])
 
