@@ -177,7 +177,7 @@ class Step:
             self.logits = compute(self.ids, batch)
 
     def __call__(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Logits ``[B, V]`` of the step for B <= size sequences; they lie where those of the next step will."""
+        """Logits ``[B, V]`` in the engine's dtype for B <= size sequences; they lie where those of the next step will."""
         count = len(ids)
         self.ids[:count], self.positions[:count], self.slots[:count] = ids, batch.positions, batch.slots
         self.positions[count:], self.slots[count:] = IDLE, self.idle
@@ -240,9 +240,10 @@ class Engine:
         return y, residual
 
     def _logits(self, y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``[M, V]`` in the engine's dtype: as fp32 they would be written and read once more."""
         network = self.network
         last = self.ops.last_norm(y, residual, network.final_norm, network.eps)
-        return nn.functional.linear(last, network.head, network.head_bias).float()
+        return nn.functional.linear(last, network.head, network.head_bias)
 
     # -- prompts ----------------------------------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class Engine:
         self.attend.advance(batch)
         self.lengths |= dict(zip(sequences, counts, strict=True))
         last = torch.tensor(counts).cumsum(0).sub(1).to(self.device)
-        return sequences, self._logits(y[last], residual[last])
+        return sequences, self._logits(y[last], residual[last]).float()
 
     def _checked(self, prompt: Sequence[int] | torch.Tensor) -> torch.Tensor:
         ids = torch.as_tensor(prompt)
@@ -300,9 +301,10 @@ class Engine:
         batch = batch_of(sequences, [1] * len(starts), starts, self.device)
         ids = ids.to(self.device).long()
         if self.device.type == "cuda" and self.attend.idle is not None:
-            logits = self._captured(len(sequences))(ids, batch).clone()
+            logits = self._captured(len(sequences))(ids, batch)
         else:
             logits = self._logits(*self._hidden(ids, batch, prompt=False))
+        logits = logits.to(torch.float32, copy=True)
         self.attend.advance(batch)
         for sequence in sequences:
             self.lengths[sequence] += 1

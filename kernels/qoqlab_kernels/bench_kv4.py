@@ -36,7 +36,7 @@ MODULE = "qoqlab_kernels.bench"
 #: Largest relative error of a result against fp32, of the kernel and of a peer.
 TOLERANCE, PEER_TOLERANCE = 2e-3, 5e-3
 #: Largest cache on which the ladder's first versions are timed.
-LADDER_BYTES = 30e6
+LADDER_BYTES = 2e6
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -142,11 +142,11 @@ def checked_time(
 
 
 def time_kernel(
-    data: Operands, form: Form, about_us: float, plan: attention.AttentionPlan | None = None
+    data: Operands, form: Form, about_us: float, plan: attention.AttentionPlan | None = None, layers: int | None = None
 ) -> tuple[float, float, attention.AttentionPlan]:
-    """(microseconds, largest relative error, plan) of the kernel."""
+    """(microseconds, largest relative error, plan) of the kernel, on so many layers in turn (None: all)."""
     plan = plan or attention.attention_plan(form, data.query.device)
-    outputs = [torch.empty_like(data.query) for _ in range(data.cache.layers)]
+    outputs = [torch.empty_like(data.query) for _ in range(layers or data.cache.layers)]
     options = (form.head_dim**-0.5, 0, None)
     calls = [
         partial(attention.run, plan, form, data.query, data.cache, layer, data.slots, (out, None), options)
@@ -218,7 +218,7 @@ def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) 
         us, error, plan = time_kernel(data, point.form, bound)
         times, refused = time_peers(data, point, cache_bytes, 4 * bound) if peers else ({}, {})
         ladder = {
-            version: time_kernel(data, point.form, 1e9, attention.AttentionPlan(version))[0]
+            version: time_kernel(data, point.form, 1e9, attention.AttentionPlan(version), 2)[0]
             for version in (kv4_ladder.VERSIONS if point.cache_bytes <= LADDER_BYTES else ())
         }
         for name, why in refused.items():

@@ -106,6 +106,6 @@ def test_captured_steps_equal_plain_ones(bundled) -> None:
             # the same rows as the captured step of four, whose last row is idle
             idle = (batch.positions, IDLE), (batch.slots, engine.attend.idle)
             four = Batch(*(torch.cat([t, t.new_tensor([end])]) for t, end in idle))
-            plain = engine._logits(*engine._hidden(torch.cat([ids, ids.new_zeros(1)]), four, prompt=False))[:3]
+            plain = engine._logits(*engine._hidden(torch.cat([ids, ids.new_zeros(1)]), four, prompt=False)).float()[:3]
         assert torch.equal(engine.decode(sequences, ids), plain)
     engine.free(sequences)
