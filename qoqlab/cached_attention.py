@@ -142,7 +142,8 @@ def causal_prompts(
 ) -> torch.Tensor:
     """`causal` of every prompt of a batch: query ``[M, Hq, D]``, key and value ``[M, Hkv, D]`` -> ``[M, Hq, D]``.
 
-    On a GPU by one kernel for all prompts where torch has it: FlashAttention, of 16-bit numbers.
+    On a GPU by one kernel for all prompts where torch has it: FlashAttention, of 16-bit numbers. A prompt's result has the
+    same bits whatever is beside it (which rules out a faster kernel for prompts that are alike).
     """
     if len(batch.counts) == 1 and (window is None or window >= len(query)):  # which torch begins sooner
         return causal(query, key, value, window)

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import sdpa_kernel
 
 from qoqlab import generate, load_text, load_tiny, paged, quantize, runtime, tokens
 from qoqlab.allocator import PagesExhausted
 from qoqlab.arithmetic import kernel_problem, side_by_side
 from qoqlab.attention import Mode
-from qoqlab.cached_attention import batch_of, causal, causal_prompts
+from qoqlab.cached_attention import ALONE, batch_of, causal, causal_prompts
 from qoqlab.hf import KV4Cache
 from qoqlab.kv import KVFormat
 from qoqlab.paged import PAGE, PagedCache
@@ -258,18 +259,23 @@ def test_causal_attention_of_a_prompt(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("counts", [[5], [4, 1, 7]])
+@pytest.mark.parametrize("counts", [[5], [4, 1, 7], [6, 6]])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_prompts_attend_to_themselves_alone(window: int | None, counts: list[int], device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     dtype = torch.float16 if device == "cuda" else torch.float32
     q, k, v = (torch.randn(sum(counts), h, 64, dtype=dtype, device=device) for h in (4, 2, 2))
-    got = causal_prompts(q, k, v, batch_of(range(len(counts)), counts, [0] * len(counts), q.device), window)
-    parts = zip(*(x.split(counts) for x in (q, k, v)), strict=True)
-    want = torch.cat([causal(*part, window) for part in parts])
-    torch.testing.assert_close(got, want)
-    assert not torch.equal(want, causal(q, k, v, window)) or len(counts) == 1
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        with sdpa_kernel(ALONE):
+            return causal_prompts(q, k, v, batch_of(range(len(counts)), counts, [0] * len(counts), q.device), window)
+
+    got = attend(q, k, v, counts)
+    parts = [*zip(*(x.split(counts) for x in (q, k, v)), strict=True)]
+    torch.testing.assert_close(got, torch.cat([causal(*part, window) for part in parts]))
+    assert torch.equal(got, torch.cat([attend(*part, [len(part[0])]) for part in parts])), "bit for bit"
+    assert len(counts) == 1 or not torch.equal(got, causal(q, k, v, window))
 
 
 # -- sampling -------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(trace
         alone = Scheduler(limits, policy)
         only = alone.submit(progress.request)
         while (step := alone.plan()) is not None:
-            alone.complete(step, {0: after(only)})
+            alone.complete(step, {0: [after(only)]})
         if progress.finish is Finish.CANCELLED:
             assert only.tokens[: len(progress.tokens)] == progress.tokens
         else:
@@ -77,12 +77,12 @@ def test_the_last_comer_is_preempted_and_computed_again():
     scheduler = Scheduler(Limits(2, 3, 12, PAGE))
     first, second = (scheduler.submit(Request((1, 2, 3), 8)) for _ in range(2))
     assert scheduler.plan() == Step(prefill=(0, 1))
-    scheduler.complete(Step(prefill=(0, 1)), {0: 10, 1: 20})
+    scheduler.complete(Step(prefill=(0, 1)), {0: [10], 1: [20]})
     steps = []
     while (step := scheduler.plan()) is not None:
         steps.append(step)
         known = second.tokens if second.tokens else [20]
-        scheduler.complete(step, {n: 30 + len(steps) for n in (*step.prefill, *step.decode)})
+        scheduler.complete(step, {n: [30 + len(steps)] for n in (*step.prefill, *step.decode)})
         assert second.tokens[: len(known)] == known  # what is known stays
     preempted = next(i for i, step in enumerate(steps) if step.preempted)
     assert steps[preempted] == Step(preempted=(1,), decode=(0,)) and second.preemptions == 1
@@ -107,7 +107,7 @@ def test_budget_decodes_and_prefills_in_one_step():
     for _ in range(4):
         step = scheduler.plan()
         seen.append((step.prefill, step.decode))
-        scheduler.complete(step, {n: 1 for n in (*step.prefill, *step.decode)})
+        scheduler.complete(step, {n: [1] for n in (*step.prefill, *step.decode)})
     assert seen == [((0,), ()), ((1,), (0,)), ((2, 3), (0, 1)), ((), (0, 1, 2, 3))]
 
 
@@ -115,7 +115,7 @@ def test_failures_and_stops_end_one_request_only():
     scheduler = Scheduler(Limits(3, 9, 12, PAGE))
     a, b, c = (scheduler.submit(Request((1,), 3, stop=frozenset({7}))) for _ in range(3))
     step = scheduler.plan()
-    assert scheduler.complete(step, {0: Failure("broken"), 1: 7, 2: 5}) == [a, b]
+    assert scheduler.complete(step, {0: [Failure("broken")], 1: [7], 2: [5]}) == [a, b]
     assert (a.finish, a.error, a.tokens) == (Finish.ERROR, "broken", []) and (b.finish, b.tokens) == (Finish.STOP, [7])
     assert scheduler.running == [c] and scheduler.cancel(c) and not scheduler.cancel(c) and scheduler.idle
     assert scheduler.plan() is None and scheduler.allocator.free == 9
@@ -133,7 +133,7 @@ def test_ten_thousand_requests_queue():
     scheduler = Scheduler(Limits(64, 640, 64))
     every = [scheduler.submit(Request((1,) * 40, 8)) for _ in range(10_000)]
     while (step := scheduler.plan()) is not None:
-        scheduler.complete(step, {n: 1 for n in (*step.prefill, *step.decode)})
+        scheduler.complete(step, {n: [1] for n in (*step.prefill, *step.decode)})
     assert all(len(p.tokens) == 8 and p.finish is Finish.LENGTH for p in every) and scheduler.allocator.free == 640
 
 

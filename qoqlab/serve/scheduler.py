@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -195,10 +195,10 @@ class Scheduler:
         progress.cached, progress.preemptions = 0, progress.preemptions + 1
         self.waiting.appendleft(progress)
 
-    def complete(self, step: Step, results: Mapping[int, int | Failure]) -> list[Progress]:
-        """Take in what a step brought: a token (or a `Failure`) for each of its requests that has not ended meanwhile.
-        Tokens that are known from before a preemption stay as they were. Returns the requests that ended. For a step that
-        repeats, call it for each of its tokens in turn."""
+    def complete(self, step: Step, results: Mapping[int, Sequence[int | Failure]]) -> list[Progress]:
+        """Take in what a step brought each of its requests that has not ended meanwhile: a token, for a step that repeats so
+        many of them (in one call, or in several in turn); or a `Failure`, which is the last. Tokens behind the one that ends
+        a request, and those that are known from before a preemption, are left out. Returns the requests that ended."""
         ended = []
         taken = set(step.prefill)
         by_number = {p.number: p for p in self.running}
@@ -206,20 +206,32 @@ class Scheduler:
             progress = by_number.get(number)
             if progress is None:
                 continue  # cancelled during the step
-            result = results[number]
-            progress.cached = len(progress.request.prompt) if number in taken else progress.cached + 1
-            if isinstance(result, Failure):
-                progress.error = result.message
-                self._end(progress, Finish.ERROR)
-            elif progress.fresh:
-                progress.tokens.append(result)
-                if result in progress.request.stop:
-                    self._end(progress, Finish.STOP)
-                elif len(progress.tokens) == progress.request.max_new_tokens:
-                    self._end(progress, Finish.LENGTH)
-            if progress.finish is not None:
+            found = results[number]
+            progress.cached = len(progress.request.prompt) if number in taken else progress.cached + len(found)
+            finish = self._taken_in(progress, found)
+            if finish is not None:
+                self._end(progress, finish)
                 ended.append(progress)
         return ended
+
+    @staticmethod
+    def _taken_in(progress: Progress, found: Sequence[int | Failure]) -> Finish | None:
+        """Add tokens to a request; how that ends it, if it does."""
+        request, finish = progress.request, None
+        last = found[-1]
+        if isinstance(last, Failure):
+            found, finish, progress.error = found[:-1], Finish.ERROR, last.message
+        if progress.cached >= len(request.prompt) + len(progress.tokens):  # what follows the cached tokens was not known
+            tokens = list(found[: request.max_new_tokens - len(progress.tokens)])
+            stop = next((i for i, token in enumerate(tokens) if token in request.stop), None) if request.stop else None
+            if stop is not None:
+                tokens, finish = tokens[: stop + 1], Finish.STOP
+            progress.tokens += tokens  # type: ignore[arg-type]
+            if finish is not Finish.STOP and len(progress.tokens) == request.max_new_tokens:
+                finish = Finish.LENGTH
+            if finish in (Finish.STOP, Finish.LENGTH):
+                progress.error = ""
+        return finish
 
 
 # -- traces ---------------------------------------------------------------------------------------------------------------
@@ -272,5 +284,5 @@ def replay(
             ended = []
             for _ in range(step.repeat):
                 running = [n for n in (*step.prefill, *step.decode) if known[n].finish is None]
-                ended += scheduler.complete(step, {number: model(known[number]) for number in running})
+                ended += scheduler.complete(step, {number: [model(known[number])] for number in running})
             yield step, ended

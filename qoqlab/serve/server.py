@@ -18,6 +18,9 @@ from ..sampling import choose, draws_of
 from .requests import Finish, Progress, Request
 from .scheduler import Failure, Limits, Policy, Scheduler, Step
 
+#: Tokens that a step brought to each request, by its number; a `Failure` is the last.
+Results = dict[int, list[int | Failure]]
+
 
 class Server:
     """Serves requests on an engine: `submit` them, `step` until `idle`, or `run` a list.
@@ -95,25 +98,23 @@ class Server:
         for number in step.preempted:
             self._free(number)
         planned = self.now()
-        results: list[dict[int, int | Failure]] = [{} for _ in range(step.repeat)]
+        results: Results = {}
         cached = sum(self.requests[number].cached for number in step.decode)
         if step.prefill:
             prompts = [self.requests[number].request.prompt for number in step.prefill]
             sequences, logits = self.engine.prefill(prompts)
             self._sequences |= dict(zip(step.prefill, sequences, strict=True))
-            results[0] |= self._choose(step.prefill, logits)
+            results |= self._choose(step.prefill, logits)
         prefilled = self.now()
         if step.decode:
             sequences = [self._sequences[number] for number in step.decode]
             inputs = [self.requests[number].next_input for number in step.decode]
             if step.repeat > 1:
-                for found, turn in zip(results, self._in_a_row(sequences, inputs, step), strict=True):
-                    found |= turn
+                results |= self._in_a_row(sequences, inputs, step)
             else:
-                results[0] |= self._choose(step.decode, self.engine.decode(sequences, inputs))
+                results |= self._choose(step.decode, self.engine.decode(sequences, inputs))
         decoded = self.now()
-        for found in results:
-            self._finish(step, found)
+        self._finish(step, results)
         row: dict[str, float] = {
             "batch": len(step.decode),
             "repeat": step.repeat,
@@ -125,22 +126,22 @@ class Server:
         self.steps.append(row | {"other_s": self.now() - start - (decoded - planned)})
         return True
 
-    def _in_a_row(self, sequences: list[int], inputs: list[int], step: Step) -> list[dict[int, int | Failure]]:
-        """Results of every repetition of a step."""
+    def _in_a_row(self, sequences: list[int], inputs: list[int], step: Step) -> Results:
+        """Results of all repetitions of a step."""
         samplings = [self.requests[number].request.sampling for number in step.decode]
-        tokens, spoilt = (t.tolist() for t in self.engine.decode_ahead(sequences, inputs, step.repeat, samplings))
-        return [_results(step.decode, row, flags) for row, flags in zip(tokens, spoilt, strict=True)]
+        tokens, spoilt = self.engine.decode_ahead(sequences, inputs, step.repeat, samplings)
+        return _results(step.decode, tokens, spoilt)
 
-    def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor) -> dict[int, int | Failure]:
-        """The next token of each request, from ``logits [B, V]``, with one wait for the device. Of a request that is fed
-        again after a preemption it is one that nobody asks for."""
+    def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor) -> Results:
+        """The next token of each request, from ``logits [B, V]``. Of a request that is fed again after a preemption it is
+        one that nobody asks for."""
         progress = [self.requests[number] for number in numbers]
         draws = draws_of([p.request.sampling for p in progress], self.engine.vocabulary, self.engine.device)
         places = torch.tensor([len(p.request.prompt) + len(p.tokens) for p in progress], device=self.engine.device)
         tokens, spoilt = choose(logits, draws, places)
-        return _results(numbers, *torch.stack([tokens, spoilt.long()]).tolist())
+        return _results(numbers, tokens[None], spoilt[None])
 
-    def _finish(self, step: Step, results: dict[int, int | Failure]) -> None:
+    def _finish(self, step: Step, results: Results) -> None:
         """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
         before = {n: len(self.requests[n].tokens) for n in results if self.requests[n].finish is None}
         ended = self.scheduler.complete(step, results)
@@ -150,18 +151,26 @@ class Server:
                 continue
             if progress.first is None:
                 progress.first = self.now()
-            listener = progress.request.on_token
-            if listener is None:
-                continue
+            if progress.request.on_token is not None:
+                self._tell(progress, count, ended)
+        for progress in ended:
+            self._close(progress)
+
+    def _tell(self, progress: Progress, count: int, ended: list[Progress]) -> None:
+        """Tokens after the first ``count`` to a request's listener, until it is cancelled; one that raises ends it."""
+        listener = progress.request.on_token
+        assert listener is not None
+        for token in progress.tokens[count:]:
+            if progress.finish is Finish.CANCELLED:
+                return
             try:
-                listener(number, progress.tokens[-1])
+                listener(progress.number, token)
             except Exception as error:
                 progress.error = f"on_token: {type(error).__name__}: {error}"
                 if self.scheduler.cancel(progress):
                     ended.append(progress)
                 progress.finish = Finish.ERROR
-        for progress in ended:
-            self._close(progress)
+                return
 
     def _free(self, number: int) -> None:
         sequence = self._sequences.pop(number, None)
@@ -197,7 +206,11 @@ class Server:
         return pd.DataFrame(rows, columns=columns)
 
 
-def _results(numbers: Iterable[int], tokens: Iterable[int], spoilt: Iterable[int]) -> dict[int, int | Failure]:
-    """What a step brought to each request."""
-    broken = Failure("the model's logits are NaN")
-    return {number: broken if bad else token for number, token, bad in zip(numbers, tokens, spoilt, strict=True)}
+def _results(numbers: Iterable[int], tokens: torch.Tensor, spoilt: torch.Tensor) -> Results:
+    """What steps brought to each request, of ``tokens`` and ``spoilt`` ``[steps, B]``, with one wait for the device."""
+    rows = torch.cat([tokens, spoilt.long()]).T.tolist()
+    steps, results = len(tokens), {}
+    for number, row in zip(numbers, rows, strict=True):
+        good = row.index(1, steps) - steps if 1 in row[steps:] else steps
+        results[number] = row[:good] if good == steps else [*row[:good], Failure("the model's logits are NaN")]
+    return results
