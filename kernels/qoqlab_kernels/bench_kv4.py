@@ -3,8 +3,8 @@
     python -m qoqlab_kernels.bench kv4_decode --json data/benchmarks/kv4_decode.json
 
 Every result is compared with an fp32 reference on the dequantised cache before it is timed and after. ``us`` is the time
-of one attention after another; ``in_step_us`` what it adds to the RoPE and append before it, as in a decode step, where
-it fetches pages while they run (`attention.kv4_attention`, ``settled``). ``ladder``: versions v1 to v3, where short.
+of one attention after another; ``with_append_us`` that with the RoPE and append before it, as in a decode step, waiting for
+their end or fetching pages meanwhile (`attention.kv4_attention`, ``settled``). ``ladder``: v1 to v3, where short.
 
 Peers are torch's flash and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries
 (``enable_gqa``), and with the query group as the sequence of queries, which is the same product without masking and what
@@ -155,9 +155,9 @@ def time_kernel(
     return (*checked_time(calls, outputs, data.want, about_us), plan)
 
 
-def time_in_step(data: Operands, form: Form, about_us: float) -> float:
-    """Microseconds that attention adds to the RoPE and append before it. The cache's last tokens become others, which
-    attention does not see."""
+def time_in_step(data: Operands, form: Form, about_us: float) -> dict[str, float]:
+    """Microseconds of RoPE and append with the attention behind it: "waiting" for its end, and "settled". The cache's last
+    tokens become others, which attention does not see."""
     cache, past = data.cache, data.keys.shape[2] - 1
     positions = torch.full_like(data.slots, past)
     cache.lengths.fill_(past)
@@ -165,18 +165,17 @@ def time_in_step(data: Operands, form: Form, about_us: float) -> float:
     qkv = torch.cat([data.query, beside], 1).flatten(1)
     cos = torch.ones(past + 1, cache.head_dim // 2, device="cuda", dtype=torch.float16)
     want = reference.kv4_attention(data.query.float(), data.keys[:, :, :past].float(), data.values[:, :, :past].float())
-    form, options = replace(form, settled=True), (form.head_dim**-0.5, 0, None)
-    plan = attention.attention_plan(form, data.query.device)
     outputs = [torch.empty_like(data.query) for _ in range(cache.layers)]
 
-    def before(layer: int) -> torch.Tensor:
-        return fused.rope_kv4_append(cache, layer, data.slots, qkv, cos, cos * 0, positions)[0]
+    def step(form: Form, layer: int, out: torch.Tensor) -> None:
+        query, _ = fused.rope_kv4_append(cache, layer, data.slots, qkv, cos, cos * 0, positions)
+        plan, options = attention.attention_plan(form, data.query.device), (form.head_dim**-0.5, 0, None)
+        attention.run(plan, form, query, cache, layer, data.slots, (out, None), options)
 
-    def both(layer: int, out: torch.Tensor) -> None:
-        attention.run(plan, form, before(layer), cache, layer, data.slots, (out, None), options)
+    def timed(form: Form) -> float:
+        return checked_time([partial(step, form, *pair) for pair in enumerate(outputs)], outputs, want, about_us)[0]
 
-    us = checked_time([partial(both, *pair) for pair in enumerate(outputs)], outputs, want, about_us)[0]
-    return us - measure.graph_time([partial(before, layer) for layer in range(cache.layers)], about_us)
+    return {"waiting": timed(form), "settled": timed(replace(form, settled=True))}
 
 
 def time_peers(data: Operands, point: Point, cache_bytes: int, about_us: float) -> tuple[dict[str, float], dict[str, str]]:
@@ -231,7 +230,7 @@ def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) 
             "of_bandwidth": bound / us,
             "tb_per_s": point.least_bytes / us / 1e6,
             "relative_error": error,
-            "in_step_us": time_in_step(data, point.form, bound),
+            "with_append_us": time_in_step(data, point.form, bound),
             "ladder": ladder,
             "peers": times,
             "plan": asdict(plan),
@@ -261,7 +260,7 @@ def point_table(results: Sequence[dict[str, Any]]) -> str:
         best = min(r["peers"], key=r["peers"].__getitem__, default=None)
         met = "" if r["target_us"] is None else "met" if r["us"] <= r["target_us"] else "missed"
         rows.append(
-            [r["batch"], r["tokens"], f"{r['heads']}/{r['kv_heads']}", r["head_dim"], r["us"], r["in_step_us"],
+            [r["batch"], r["tokens"], f"{r['heads']}/{r['kv_heads']}", r["head_dim"], r["us"], *r["with_append_us"].values(),
              r["bound_us"], 100 * r["of_bandwidth"], r["tb_per_s"], f"{r['relative_error']:.0e}", best, r["peers"].get(best),
              r["target_us"], met]
         )  # fmt: skip

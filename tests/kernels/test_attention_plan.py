@@ -56,7 +56,7 @@ def test_the_table_names_the_best_peer() -> None:
     result = {
         "batch": 64, "tokens": 1536, "heads": 32, "kv_heads": 8, "head_dim": 128, "us": 30.0, "bound_us": 24.0,
         "of_bandwidth": 0.8, "tb_per_s": 3.5, "relative_error": 3e-4, "peers": {"slow": 200.0, "fast": 99.0},
-        "target_us": 32.0, "in_step_us": 29.0,
+        "target_us": 32.0, "with_append_us": {"waiting": 33.0, "settled": 31.5},
     }  # fmt: skip
     line = bench_kv4.point_table([result]).splitlines()[1].split()
     assert line[-4:] == ["fast", "99.0", "32.0", "met"] and "80.0" in line
