@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 
 import numpy as np
 
@@ -39,7 +39,8 @@ class Work:
     """What there is to do, by kind, on one card. The first five are seconds at its data sheet, the others are counts.
 
     ``weights``: operands and results of GEMMs moved; ``multiply``: tensor cores; ``cache``: attention's bytes;
-    ``elementwise``: bytes between kernels; ``unpack``: instructions of CUDA cores.
+    ``elementwise``: bytes between kernels; ``unpack``: instructions of CUDA cores. ``sustained``: those seconds of
+    ``multiply`` that belong to prompts, thousands of tokens at a time.
     """
 
     weights: float = 0.0
@@ -50,6 +51,7 @@ class Work:
     gemms: float = 0.0
     attentions: float = 0.0
     layers: float = 0.0
+    sustained: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -62,8 +64,9 @@ class Work:
 class Efficiency:
     """What kernels achieve: shares of the data sheet's bandwidth (``weights``, ``cache``, ``elementwise``) and tensor rate
     (``multiply``); ``tax``, instruction times of CUDA cores per counted instruction that nothing hides (0: all hidden; more
-    than 1: loads, addresses and sums, which are not counted, take their share); and fixed seconds per GEMM, per layer's
-    attention and per layer for everything else.
+    than 1: loads, addresses and sums, which are not counted, take their share); fixed seconds per GEMM, per layer's
+    attention and per layer for everything else; and ``slowing``, seconds that a second of ``sustained`` multiplication takes
+    longer than the short runs that ``multiply`` comes from: a card that multiplies without a pause lowers its clock.
     """
 
     weights: float = 1.0
@@ -74,6 +77,7 @@ class Efficiency:
     gemm_seconds: float = 0.0
     attention_seconds: float = 0.0
     layer_seconds: float = 0.0
+    slowing: float = 0.0
 
     def __post_init__(self) -> None:
         for index, (f, value) in enumerate(zip(fields(self), astuple(self), strict=True)):
@@ -108,10 +112,17 @@ class System:
     partial_sums: bool = field(default=False, kw_only=True)
 
 
-#: Fitted on 131 measurements of our kernels on one H200, median error 7 %. Unpacking shows in none of them.
-OURS = System("qoqlab", Efficiency(0.994, 0.942, 0.703, 0.418, 0.0, 3.87e-6, 7.98e-6, 11.6e-6))
-#: Fitted on 69 measurements on the same card: cuBLAS, torch's fastest attention, what is between fused by torch.compile.
-TORCH_FP16 = System("torch fp16", Efficiency(1.0, 0.989, 0.963, 1.0, 0.0, 3.82e-6, 7.08e-6, 20.5e-6))
+#: Fitted on 157 measurements of our kernels on one H200, median error 7 %, of rounds of serving 4 %. Unpacking shows in none
+#: of them.
+OURS = System("qoqlab", Efficiency(0.99, 0.935, 0.659, 0.507, 0.0, 3.86e-6, 7.77e-6, 9.15e-6, 0.403))
+#: Fitted on 85 measurements on the same card: cuBLAS, torch's fastest attention, what is between fused by torch.compile.
+TORCH_FP16 = System("torch fp16", Efficiency(1.0, 0.986, 0.955, 0.532, 0.0, 3.81e-6, 7.03e-6, 22.4e-6, 0.575))
+#: torch's systems by format. Of 8 bits only what 6 measurements each can tell differs from fp16.
+TORCH = {
+    "fp16": TORCH_FP16,
+    "W8A8": System("torch W8A8", Efficiency(1.0, 0.986, 0.955, 0.532, 0.0, 12.8e-6, 7.03e-6, 22.4e-6, 0.847)),
+    "W8A8KV8": System("torch W8A8KV8", Efficiency(1.0, 0.986, 0.51, 0.532, 0.0, 10.6e-6, 7.03e-6, 22.4e-6, 0.801)),
+}
 #: One set a system, fitted on its rows of ``data/paper/throughput.csv``. QServe does attention on CUDA cores; Atom scales
 #: partial sums there. Two rows are too few to tell more than one number of Atom's.
 PUBLISHED = {
@@ -177,7 +188,8 @@ def prefill_work(model: Geometry, count: int, prompt: int, scheme: Scheme, gpu: 
     require_count("prompt", prompt, 1)
     causal = 2 * count * prompt**2 * model.heads * model.head_dim / gpu.sheet.rate("fp16")
     attention = Work(multiply=causal, attentions=1) * model.layers
-    return _linears(model, count * prompt, count, scheme, gpu, system.partial_sums) + attention
+    work = _linears(model, count * prompt, count, scheme, gpu, system.partial_sums) + attention
+    return replace(work, sustained=work.multiply)
 
 
 def job_work(model: Geometry, job: Serving, scheme: Scheme, gpu: Gpu, system: System = OURS) -> Work:
@@ -197,11 +209,17 @@ def throughput(model: Geometry, job: Serving, scheme: Scheme, gpu: Gpu, system: 
     return job.batch * job.output / system.efficiency.seconds(job_work(model, job, scheme, gpu, system))
 
 
-def fit(works: Sequence[Work], seconds: Sequence[float], fixed: frozenset[str] = frozenset()) -> Efficiency:
+def fit(
+    works: Sequence[Work],
+    seconds: Sequence[float],
+    fixed: frozenset[str] = frozenset(),
+    known: Efficiency = Efficiency(),
+) -> Efficiency:
     """The efficiencies that predict ``seconds`` with the least sum of squared *relative* errors.
 
-    Shares are at most 1 and times at least 0; those named in ``fixed`` keep their default (share 1, no time). What no work
-    asks for keeps it as well. ValueError if lengths differ, a time is not positive, or a name in ``fixed`` is unknown.
+    Shares are at most 1 and times at least 0; those named in ``fixed`` are ``known`` ones, by default share 1 and no time.
+    What no work asks for is share 1, no time. ValueError if lengths differ, a time is not positive, or a name in ``fixed``
+    is unknown.
     """
     names = [f.name for f in fields(Efficiency)]
     if len(works) != len(seconds) or not works:
@@ -212,7 +230,7 @@ def fit(works: Sequence[Work], seconds: Sequence[float], fixed: frozenset[str] =
     if not (times > 0).all():
         raise ValueError(f"seconds: expected positive numbers, got {times.min()!r}")
     matrix = np.array([astuple(work) for work in works]) / times[:, None]
-    low = np.array(Efficiency().factors)
+    low = np.array([(known if name in fixed else Efficiency()).factors[i] for i, name in enumerate(names)])
     free = [i for i, name in enumerate(names) if name not in fixed and matrix[:, i].any()]
     factors = low.copy()
     factors[free] += _nonnegative(matrix[:, free], 1 - matrix @ low)

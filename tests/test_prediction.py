@@ -12,7 +12,7 @@ import pytest
 
 from qoqlab import prediction, roofline, validation
 from qoqlab.machines import GPUS, MODELS
-from qoqlab.prediction import OURS, PUBLISHED, TORCH_FP16, Efficiency, System, Work
+from qoqlab.prediction import OURS, PUBLISHED, TORCH, Efficiency, System, Work
 from qoqlab.roofline import PRECISIONS, Cores, Serving
 
 DATA = Path(__file__).parents[1] / "data"
@@ -73,7 +73,8 @@ def test_a_fit_stays_where_shares_have_a_meaning():
 
 def test_constants_and_errors_are_those_of_the_stored_measurements(rows):
     record = json.loads((DATA / "benchmarks" / "calibration.json").read_text())
-    systems = {"OURS": OURS, "TORCH_FP16": TORCH_FP16, **PUBLISHED}
+    torchs = {f"TORCH_{name.upper()}": system for name, system in TORCH.items()}
+    systems = {"OURS": OURS, **torchs, **PUBLISHED}
     assert set(record["efficiencies"]) == set(systems)
     for name, system in systems.items():
         values = tuple(record["efficiencies"][name].values())
@@ -85,6 +86,8 @@ def test_constants_and_errors_are_those_of_the_stored_measurements(rows):
     assert errors["error"].abs().median() < 0.1
     steps = errors[(errors["op"] == "decode_step")]
     assert steps["error"].abs().max() < 0.2 and steps["error"].abs().median() < 0.05
+    served = errors[errors["op"] == "serve"]["error"].abs()
+    assert len(served) >= 50 and served.median() < 0.05 and served.quantile(0.9) < 0.12
 
 
 def test_calibration_reads_the_measurements():
@@ -94,7 +97,8 @@ def test_calibration_reads_the_measurements():
     spec.loader.exec_module(calibrate)
     found = {name: astuple(efficiency) for name, (efficiency, _) in calibrate.calibrated().items()}
     assert found["OURS"] == pytest.approx(astuple(OURS.efficiency), rel=6e-3, abs=1e-9)
-    assert found["TORCH_FP16"] == pytest.approx(astuple(TORCH_FP16.efficiency), rel=6e-3, abs=1e-9)
+    for name, system in TORCH.items():
+        assert found[f"TORCH_{name.upper()}"] == pytest.approx(astuple(system.efficiency), rel=6e-3, abs=1e-9)
 
 
 def test_every_large_error_has_a_reason_and_no_small_one(table):

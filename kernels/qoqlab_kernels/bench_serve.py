@@ -314,7 +314,7 @@ def measured(
             del engine
         planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL)
         serving = roofline.Serving(batch, known.prompt, known.output)
-        system = prediction.TORCH_FP16 if network is None else prediction.OURS
+        system = prediction.TORCH.get(PRECISIONS[precision]) if network is None else prediction.OURS
         yield {
             "op": "serve",
             "model": model.name.lower(),
@@ -326,7 +326,7 @@ def measured(
             "gpus": 1 if ranks is None else ranks.size,
             "budget_gb": known.budget_gb,
             "tokens_per_s": batch * known.output / times["seconds"],
-            "predicted_tokens_per_s": prediction.throughput(model, serving, scheme, gpu, system) if gpu else None,
+            "predicted_tokens_per_s": prediction.throughput(model, serving, scheme, gpu, system) if gpu and system else None,
             "bound_tokens_per_s": roofline.throughput(model, serving, scheme, gpu) if gpu else None,
             **times,
             "planned_bytes": planned.total,
