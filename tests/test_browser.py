@@ -278,6 +278,11 @@ def test_a_lesson_runs_and_its_controls_move_the_figure(desk, name, moves, wante
     settle(page, lambda: title(panel) != before and wanted in title(panel))
     panel.scroll_into_view_if_needed()
     page.screenshot(path=SHOTS / f"{name}.png")
+    inside = page.locator(".js-plotly-plot[role=slider]").first  # a figure with a slider of its own
+    stood, shown = int(inside.get_attribute("aria-valuenow")), title(inside)
+    inside.press("ArrowLeft" if stood else "ArrowRight")
+    settle(page, lambda: title(inside) != shown)
+    assert abs(int(inside.get_attribute("aria-valuenow")) - stood) == 1
     page.evaluate(CLOSE)
 
 
