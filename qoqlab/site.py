@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .themes import DARK, DARK_PAPER
+from .viz import STEER
 
 PLOTLY = "application/vnd.plotly.v1+json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,29 +25,13 @@ _PIECES = re.compile(r"(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$([^\s$](?:[^$\n]*?[
 _MARKS = str.maketrans({"*": "&#42;", "_": "&#95;", "|": "&#124;", "`": "&#96;", "[": "&#91;", "]": "&#93;", "\n": " "})
 _LIVE = re.compile(r"(explore|dashboard)\((\w+)")
 
-_FIGURES_JS = """const night = matchMedia('(prefers-color-scheme: dark)');
+_FIGURES_JS = (
+    STEER
+    + """const night = matchMedia('(prefers-color-scheme: dark)');
 const colours = COLOURS;
 const recolour = (value) => typeof value === 'string' ? colours[value] ?? value
   : Array.isArray(value) ? value.map(recolour)
   : value && typeof value === 'object' ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, recolour(v)])) : value;
-// plotly's sliders know the mouse alone: arrow keys move the slider of a figure that has the focus
-const steer = (place) => {
-  const slider = () => place.layout.sliders[0], labels = (place.layout.sliders ?? [])[0]?.steps.map((step) => step.label);
-  if (!labels) return;
-  const say = () => Object.entries({role: 'slider', 'aria-label': slider().currentvalue?.prefix ?? 'shown',
-    'aria-valuemin': 0, 'aria-valuemax': labels.length - 1, 'aria-valuenow': slider().active ?? 0,
-    'aria-valuetext': labels[slider().active ?? 0]}).forEach(([name, value]) => place.setAttribute(name, value));
-  place.tabIndex = 0;
-  place.onkeydown = (event) => {
-    const from = slider().active ?? 0, to = from + ({ArrowRight: 1, ArrowLeft: -1}[event.key] ?? 0);
-    if (to === from || !(to in labels)) return;
-    event.preventDefault();
-    Plotly.relayout(place, {'sliders[0].active': to})
-      .then(() => Plotly.animate(place, ...slider().steps[to].args)).then(say);
-  };
-  place.on('plotly_sliderchange', say);
-  say();
-};
 const draw = (figure) => {
   const light = JSON.parse(figure.querySelector('script').textContent);
   const spec = night.matches ? recolour(light) : light;
@@ -60,6 +45,7 @@ const seen = new IntersectionObserver((entries) => entries.filter((e) => e.isInt
 document.querySelectorAll('figure.plotly').forEach((figure) => seen.observe(figure));
 night.addEventListener('change', () => drawn.forEach(draw));
 """.replace("COLOURS", json.dumps(DARK))
+)
 _STYLE = """body { max-width: 1180px; margin: 0 auto !important; padding: 0 16px 48px !important; }
 nav.course { display: flex; gap: 1.5em; padding: 12px 4px; font: 15px system-ui, sans-serif; }
 .jp-RenderedMarkdown pre { white-space: pre !important; overflow-x: auto; }

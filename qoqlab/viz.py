@@ -798,3 +798,27 @@ def _moving_parts(figure: go.Figure) -> dict[str, object]:
     layout: dict[str, object] = figure.layout.to_plotly_json()
     kept: Sequence[str] = ("title", "margin", "annotations", "shapes")
     return {k: v for k, v in layout.items() if k in kept or k.startswith(("xaxis", "yaxis"))}
+
+
+#: JavaScript for pages with figures of `with_slider`: plotly's sliders know the mouse alone, so ``steer(place)`` makes the
+#: arrow keys move the slider of a figure that has the focus, and tells screen readers where it stands.
+STEER = """const steer = (place) => {
+  const slider = () => place.layout.sliders[0], labels = (place.layout.sliders ?? [])[0]?.steps.map((step) => step.label);
+  if (!labels) return;
+  const say = () => Object.entries({role: 'slider', 'aria-label': slider().currentvalue?.prefix ?? 'shown',
+    'aria-valuemin': 0, 'aria-valuemax': labels.length - 1, 'aria-valuenow': slider().active ?? 0,
+    'aria-valuetext': labels[slider().active ?? 0]}).forEach(([name, value]) => place.setAttribute(name, value));
+  place.tabIndex = 0;
+  place.dataset.lmSuppressShortcuts = true;  // JupyterLab would keep the keys to itself
+  place.onkeydown = (event) => {
+    const from = slider().active ?? 0, to = from + ({ArrowRight: 1, ArrowLeft: -1}[event.key] ?? 0);
+    if (to === from || !(to in labels)) return;
+    event.preventDefault();
+    Plotly.relayout(place, {'sliders[0].active': to})
+      .then(() => Plotly.animate(place, ...slider().steps[to].args)).then(say);
+  };
+  place.on('plotly_sliderstart', () => place.focus({preventScroll: true}));
+  place.on('plotly_sliderchange', say);
+  say();
+};
+"""

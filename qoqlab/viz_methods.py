@@ -262,3 +262,82 @@ def recipe_result(reports: Mapping[str, pd.Series], perplexities: Mapping[str, f
     figure.update_yaxes(title_text="output SQNR (dB, higher is better)", row=1, col=1)
     _layout(figure, title, legend=_legend_above() | {"x": 0.5, "y": 1.1}, margin={"l": 70, "r": 30, "t": 110, "b": 60})
     return figure.update_annotations(font_size=12)
+
+
+def against(draws: pd.DataFrame, reference: str, title: str) -> go.Figure:
+    """What methods lose, as a multiple of what ``reference`` loses: one panel per model (down) and text (across).
+
+    ``draws``: columns ``draw``, ``method``, ``model``, ``text`` and ``gap`` (positive), every method once per draw of the
+    calibration text. Small rings are single draws, each compared with the reference's loss on the same draw; large marks are
+    their (geometric) means, with bands of twice the standard error. A method whose band leaves out 1 loses clearly less or
+    clearly more; the others cannot be told apart from the reference. Four traces per panel, and three for the legend.
+    """
+    models, texts, methods = (list(dict.fromkeys(draws[name])) for name in ("model", "text", "method"))
+    kinds = {
+        "loses clearly less": (PALETTE[2], "circle"),
+        "cannot be told apart": (_MUTED, "diamond-open"),
+        "loses clearly more": (PALETTE[1], "square"),
+    }
+    titles = [f"{model} model, {text}" for model in models for text in texts]
+    figure = make_subplots(
+        rows=len(models), cols=len(texts), shared_xaxes=True, shared_yaxes=True, subplot_titles=titles,
+        horizontal_spacing=0.04, vertical_spacing=0.12,
+    )  # fmt: skip
+    drawn: list[float] = []
+    for panel, (model, text) in enumerate((model, text) for model in models for text in texts):
+        place = {"row": panel // len(texts) + 1, "col": panel % len(texts) + 1}
+        here = draws[(draws["model"] == model) & (draws["text"] == text)].pivot(index="draw", columns="method", values="gap")
+        logs = here[methods].div(here[reference], axis=0).map(math.log)
+        mean, band = logs.mean(), 2 * logs.std() / len(logs) ** 0.5
+        kind = pd.Series("cannot be told apart", methods)
+        kind[mean < -band], kind[mean > band] = "loses clearly less", "loses clearly more"
+        rings = logs.drop(columns=reference).map(math.exp).melt(var_name="method", value_name="times")
+        figure.add_scatter(
+            x=_numbers(rings["times"].to_list()),
+            y=rings["method"].to_list(),
+            mode="markers",
+            name="one calibration sample",
+            legendgroup="rings",
+            showlegend=panel == 0,
+            marker={"size": 6, "symbol": "circle-open", "color": _MUTED},
+            hovertemplate="%{y}: %{x:.2f} times<extra>one calibration sample</extra>",
+            **place,
+        )
+        for name, (colour, symbol) in kinds.items():
+            mine = kind.index[kind == name]
+            centre, low, high = (part[mine].map(math.exp) for part in (mean, mean - band, mean + band))
+            drawn += [*low, *high, *rings["times"]]
+            figure.add_scatter(
+                x=_numbers(centre.to_list()),
+                y=list(mine),
+                error_x={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": _numbers((high - centre).to_list()),
+                    "arrayminus": _numbers((centre - low).to_list()),
+                    "thickness": 3,
+                    "width": 0,
+                },
+                mode="markers",
+                name=name,
+                legendgroup=name,
+                showlegend=False,
+                marker={"size": 11, "symbol": symbol, "color": colour, "line": {"width": 2 if "open" in symbol else 0}},
+                hovertemplate=f"%{{y}}: %{{x:.2f}} times what {reference} loses<extra>{name}</extra>",
+                **place,
+            )
+    for name, (colour, symbol) in kinds.items():  # a panel may lack a kind, the legend has all of them
+        figure.add_scatter(
+            x=[None], y=[methods[0]], mode="markers", name=name, legendgroup=name,
+            marker={"size": 11, "symbol": symbol, "color": colour},
+        )  # fmt: skip
+    figure.add_vline(x=1, line={"color": _INK, "width": 1, "dash": "dot"})
+    figure.update_xaxes(**_log_axis([torch.tensor(drawn, dtype=torch.float64)]))
+    figure.update_xaxes(title_text=f"times the loss of {reference} (log scale)", row=len(models))
+    figure.update_yaxes(categoryorder="array", categoryarray=methods, range=[len(methods) - 0.5, -0.5])
+    below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}
+    _layout(
+        figure, title, height=190 + 34 * len(methods) * len(models), legend=below, showlegend=True,
+        margin={"l": 70, "r": 30, "t": 84, "b": 110},
+    )  # fmt: skip
+    return figure.update_yaxes(title_text="method", col=1).update_annotations(font_size=12)

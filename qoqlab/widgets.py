@@ -1,7 +1,8 @@
 """Sliders around figure functions. The only module that imports ipywidgets.
 
 `explore` puts controls above one figure, `dashboard` controls beside a table and a figure. Both need a running kernel; for a
-slider that also lives in a saved page see `viz.with_slider`.
+slider that also lives in a saved page see `viz.with_slider`. Every control answers to the keyboard, and `explore` sees to it
+that the sliders of `viz.with_slider` on its page do as well.
 """
 
 from __future__ import annotations
@@ -11,21 +12,37 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import anywidget
 import ipywidgets
 import pandas as pd
 import plotly.graph_objects as go
 
-from . import themes
+from . import themes, viz
 
 #: What a control can be made from: ``(low, high)`` or ``(low, high, step)`` numbers, or a list of options.
 Range = tuple[float, ...] | list[Any]
+
+
+class _Keyboard(anywidget.AnyWidget):
+    """Nothing to see: as long as it lives, arrow keys move the sliders inside the figures of its page."""
+
+    _esm = (
+        viz.STEER
+        + """export default {initialize() {
+  const places = () => [...document.querySelectorAll('.js-plotly-plot')];
+  // figures come and go with the cells that are run
+  const timer = setInterval(() => window.Plotly && places().filter((place) => !place.onkeydown).forEach(steer), 500);
+  return () => clearInterval(timer);
+}};
+"""
+    )
 
 
 class Panel(ipywidgets.VBox):
     """Controls above a live figure: ``panel.children`` holds the controls in order, then the figure."""
 
     def __init__(self, name: str, controls: dict[str, Any], canvas: Any) -> None:
-        self._name, self._controls = name, controls
+        self._name, self._controls, self._keyboard = name, controls, _Keyboard()
         super().__init__([*controls.values(), canvas])
 
     def __repr__(self) -> str:
@@ -148,15 +165,16 @@ def _control(name: str, values: Range, parameters: Any) -> Any:
     style = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
     if isinstance(start, bool):
         return ipywidgets.Checkbox(start, indent=False, **style)
+    wide = style | {"layout": {"width": "420px"}}
     if isinstance(values, list):
         if start not in values:
             raise ValueError(f"{name}: the default {start!r} is not among the options {values!r}")
         kind = ipywidgets.Dropdown if all(isinstance(v, str) for v in values) else ipywidgets.SelectionSlider
-        return kind(options=values, value=start, **style)
+        return kind(options=values, value=start, **wide)
     low, high, *step = values
     if not low <= start <= high:
         raise ValueError(f"{name}: the default {start!r} is outside {low!r}..{high!r}")
     whole = all(isinstance(v, int) for v in (*values, start))
     kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
     spacing = step[0] if step else (1 if whole else (high - low) / 50)
-    return kind(start, min=low, max=high, step=spacing, layout={"width": "420px"}, **style)
+    return kind(start, min=low, max=high, step=spacing, **wide)

@@ -10,6 +10,15 @@ from qoqlab import viz, viz_methods
 
 MAP = torch.rand(100, 100, generator=torch.Generator().manual_seed(0)).tril()
 ERRORS = pd.DataFrame({"method": ["a", "b"], "layer": [0, 0], "weight_db": [16.0, 20.0], "output_db": [25.0, 19.0]})
+#: What three methods lose on four draws: b always a tenth less than a, c about as much as a.
+DRAWS = pd.DataFrame(
+    [
+        (i, m, "planted", "docs", g * s)
+        for i, g in enumerate((1.0, 2.0, 3.0, 4.0))
+        for m, s in (("a", 1), ("b", 0.9), ("c", 1 + 0.05 * (-1) ** i))
+    ],
+    columns=["draw", "method", "model", "text", "gap"],
+)
 FIGURES = {
     "vectors": lambda: viz_methods.vectors({"x": torch.tensor([1.0, -2.0]), "y": torch.tensor([0.0, 1.0])}, "title"),
     "error_curves": lambda: viz_methods.error_curves([0.0, 0.5, 1.0], {"a": [3.0, 1.0, 2.0]}, "title", "knob", "error"),
@@ -19,6 +28,7 @@ FIGURES = {
     "recipe_result": lambda: viz_methods.recipe_result(
         {"rtn": pd.Series([10.0, 11.0]), "mine": pd.Series([12.0, 13.0])}, {"rtn": 30.0, "mine": 22.0, "fp16": 20.0}, "title"
     ),
+    "against": lambda: viz_methods.against(DRAWS, "a", "title"),
 }
 
 
@@ -59,3 +69,12 @@ def test_errors_of_maps_share_one_scale_and_lonely_ones_survive():
 def test_groups_are_told_apart():
     even, odd = FIGURES["positions"]().data
     assert list(even.x) == list(range(128)) and list(odd.x) == list(range(128, 256))
+
+
+def test_methods_are_compared_draw_by_draw():
+    rings, less, level, more = FIGURES["against"]().data[:4]
+    assert len(rings.x) == 8 and list(less.y) == ["b"] and list(level.y) == ["a", "c"] and not len(more.y)
+    assert list(less.x) == pytest.approx([0.9]) and list(less.error_x.array) == pytest.approx([0.0], abs=1e-6)
+    assert list(level.x) == pytest.approx([1.0, 0.9975**0.5]) and level.error_x.arrayminus[1] > 0.01
+    _, nothing, _, both = viz_methods.against(DRAWS, "b", "title").data[:4]
+    assert not len(nothing.y) and list(both.y) == ["a", "c"]
