@@ -123,9 +123,7 @@ def test_more_sequences_than_threads(simulator: Simulator) -> None:
 @pytest.mark.parametrize(
     ("weight", "lengths", "kv_heads"), [(2, [16, 0, 50, 33], 1), (1, [0, 50, 5], 2)], ids=["one head", "two heads"]
 )
-def test_segments_have_a_weight(
-    simulator: Simulator, weight: int, lengths: list[int], kv_heads: int, reverse: bool
-) -> None:
+def test_segments_have_a_weight(simulator: Simulator, weight: int, lengths: list[int], kv_heads: int, reverse: bool) -> None:
     """Runs start and end in the units behind a head's pages, at its first page and amid them; heads are shared by two blocks
     and by more; empty sequences weigh nothing. Whoever leaves these units out is noticed: where a run starts, where a head
     does (by a block that comes to it later, so blocks run in either order), and in which of a block's two partial results is
