@@ -322,11 +322,13 @@ class Engine:
         likeliest), without a wait for the device in between: int64 tokens ``[steps, B]`` and whether a step's logits were
         NaN, bool ``[steps, B]``, both on the device.
 
-        Raises as `decode` does, and ValueError where a sequence would exceed ``max_tokens``.
+        Raises as `decode` does, and ValueError where a sequence would exceed ``max_tokens`` or samplings are not one each.
         """
         require_count("steps", steps, 1)
         ids = torch.as_tensor(tokens)
         self._check_batch(sequences, ids)
+        if samplings and len(samplings) != len(sequences):
+            raise ValueError(f"samplings: expected one for each of {len(sequences)} sequences, got {len(samplings)}")
         starts = [self.lengths[sequence] for sequence in sequences]
         if max(starts) + steps > self.max_tokens:
             raise ValueError(f"steps: {steps} after {max(starts)} tokens exceed max_tokens = {self.max_tokens}")

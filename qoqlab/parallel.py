@@ -277,10 +277,15 @@ class SlicedReferenceAttention(ReferenceAttention):
 
 
 def quantize_slice(x: torch.Tensor, ranks: Ranks) -> Affine:
-    """INT8 per token of a rank's slice ``x [M, K / R]``, with the scale of the whole token."""
+    """INT8 per token of a rank's slice ``x [M, K / R]``, with the scale of the whole token.
+
+    Raises ValueError on all ranks where one has NaN or infinity: if that one did so alone, the others would wait for it.
+    """
+    worst = x.float().abs().amax(-1).nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may forget NaN
+    largest = ranks.largest(worst)[:, None]
     require_rows("x", x)
-    largest = ranks.largest(x.float().abs().amax(-1))
-    return quantize(x, symmetric_scales(largest[:, None]))
+    require_rows("x of another rank", largest)
+    return quantize(x, symmetric_scales(largest))
 
 
 class SlicedKernelOps(KernelOps):
@@ -445,7 +450,7 @@ def spawn(
     if device == "cuda" and torch.cuda.device_count() < ranks:
         raise ValueError(f"ranks: {ranks} on {torch.cuda.device_count()} GPUs; each needs its own")
     with tempfile.TemporaryDirectory() as folder:
-        start = (work, ranks, Path(folder) / "store", tuple(arguments), device, timeout, fork)
+        start = (work, ranks, str(Path(folder) / "store"), tuple(arguments), device, timeout, fork)
         multiprocessing.start_processes(_rank, start, ranks, start_method="fork" if fork else "spawn")
 
 
@@ -453,7 +458,7 @@ def _rank(
     number: int,
     work: Callable[..., None],
     ranks: int,
-    store: Path,
+    store: str,
     arguments: tuple,
     device: str,
     timeout: float,
@@ -469,7 +474,7 @@ def _rank(
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # `Ranks.waiting` does that, and raises
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=store.as_uri(),
+        store=dist.FileStore(store, ranks),  # by an address, torch would wait for ever where the path has a space
         rank=number,
         world_size=ranks,
         timeout=timedelta(seconds=2 * timeout),  # `Ranks` is to be first

@@ -39,6 +39,8 @@ class Sampling:
             require_count("top_k", self.top_k, 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number with 0 < top_p <= 1, got {self.top_p!r}")
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed: expected an integer, got {self.seed!r}")
 
 
 #: The likeliest token.
@@ -71,7 +73,7 @@ def draws_of(samplings: Sequence[Sampling | None], vocabulary: int, device: torc
     return Draws(
         rows,
         seeds,
-        shares[:, :1].float(),
+        shares[:, :1].float().clamp(min=torch.finfo(torch.float32).tiny),  # 0 / 0 would be no weight of the likeliest
         torch.tensor(most, device=device)[:, None] if min(most) < vocabulary else None,
         max(most),
         shares[:, 1:] if any(s.top_p < 1 for s in ways) else None,

@@ -106,6 +106,8 @@ def work(ranks: Ranks, folder: Path) -> None:
     found["served"] = served(ranks)
     q, prompts = quantized("biases of q, k, v")
     found["differing"] = message(lambda: parallel.compile(q, ranks, max_batch=2 + ranks.rank))
+    x = torch.tensor([[1.0, 2.0], [3.0, torch.nan if ranks.rank else 4.0]])
+    found["spoilt"] = message(lambda: parallel.quantize_slice(x, ranks))
     found["other device"] = message(lambda: Ranks("cuda:0"))
     slow = Ranks("cpu", dist.new_group(backend="gloo"), timeout=0.3)
     found["slow"] = message(lambda: slow.first(1.0)) if ranks.rank == 0 else []  # the other is busy elsewhere

@@ -201,6 +201,7 @@ def test_bad_requests_are_named_and_change_nothing(engine) -> None:
         (lambda: engine.decode([s, s], [1, 2]), ValueError, "sequences: expected different ones"),
         (lambda: engine.decode([s], [128]), ValueError, "tokens: tokens must lie in 0..127"),
         (lambda: engine.decode([99], [1]), KeyError, "99 is not open"),
+        (lambda: engine.decode_ahead([s], [1], 2, [None, None]), ValueError, "samplings: expected one for each of 1"),
         (lambda: engine.free([99]), KeyError, "99 is not open"),
         (lambda: engine.generate([PROMPTS[0]], 0), ValueError, "max_new_tokens: expected a positive integer"),
         (lambda: engine.generate([PROMPTS[0]], 63), ValueError, "exceed max_tokens = 70"),

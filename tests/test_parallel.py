@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What both ranks have found, from one start of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("a place with spaces")))
         patch.syspath_prepend(ROOT)  # where the processes find this package of tests
         parallel.spawn(work, 2, (folder,), "cpu", timeout=60, fork=sys.platform == "linux")
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
@@ -49,6 +51,12 @@ def test_ranks_that_differ_are_told_so(answers: list[dict]) -> None:
         assert kind == "ValueError" and f"rank {rank} of 2: ranks differ; here shape=" in words
         assert f"max_batch={2 + rank}" in words
         assert answer["other device"][:2] == ["ValueError", "group: its backend is gloo; an engine on cuda:0 needs nccl"]
+
+
+def test_nan_of_one_rank_is_an_error_on_all(answers: list[dict]) -> None:
+    for answer, words in zip(answers, ("x of another rank: holds 0 NaN and 1 infinite", "x: holds 1 NaN"), strict=True):
+        kind, said, seconds = answer["spoilt"]
+        assert kind == "ValueError" and said.startswith(words) and seconds < 10
 
 
 def test_a_lost_rank_is_an_error_and_no_wait(answers: list[dict]) -> None:

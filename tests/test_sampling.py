@@ -57,7 +57,8 @@ def test_draws_follow_the_probabilities():
     assert shares(temperature=1.0, top_p=0.7)[:2].sum() == 0 and shares(temperature=1.0, top_p=0.7)[2] > 0.2
     assert shares(temperature=1.0, top_p=0.9, top_k=2)[2] > 0.2  # 0.73 of what top_k leaves, so both stay
     assert shares(temperature=1.0, top_p=0.7, top_k=2).tolist() == [0, 0, 0, 1]
-    assert shares(temperature=1e-9).tolist() == [0, 0, 0, 1] and shares().tolist() == [0, 0, 0, 1]
+    for temperature in (1e-9, 1e-300, 0.0):
+        assert shares(temperature=temperature).tolist() == [0, 0, 0, 1]
 
 
 def test_equally_likely_tokens_stay_or_go_together():
@@ -111,3 +112,8 @@ def test_nan_is_told_apart_and_leaves_the_others_alone():
 def test_bad_sampling_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+def test_a_seed_is_an_integer():
+    with pytest.raises(TypeError, match=r"seed: expected an integer, got 1\.5"):
+        Sampling(1.0, seed=1.5)

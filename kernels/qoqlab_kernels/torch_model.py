@@ -359,7 +359,7 @@ def step_time(model: Geometry, precision: str, batch: int, context: int) -> Time
     sizes = Sizes(batch, context if model.window is None else min(context, model.window))
 
     def whole(step: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return linear(step(embedding[ids]), head).float()
+        return linear(step(embedding[ids]), head)  # in 16 bits, as an engine leaves them
 
     if precision not in NARROW:
         shape = (model.layers, 2, batch, model.kv_heads, sizes.context, model.head_dim)

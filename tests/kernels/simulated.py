@@ -522,7 +522,7 @@ def mutant_case(version: str, what: str) -> dict:
     with mock.patch.object(emulation, "PATIENCE", 1.5), mock.patch.object(ptx, name, watched):
         try:
             matmul.run(Plan(version, tokens=8, stages=2, workers=2), gemm.Form(1), x, packed, None, out)
-        except Exception as error:  # of whichever thread the simulator looked at first, perhaps one that waited in vain
+        except Exception as error:  # where it has a cause, that is its words behind a thread's number
             raise causes[0] if causes else error from None
     return {"wrong": int((out != product(codes, scales, w)).sum())}
 

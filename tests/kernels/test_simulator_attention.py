@@ -119,12 +119,16 @@ def test_more_sequences_than_threads(simulator: Simulator) -> None:
     check(simulator, ALONE | {"blocks": 3}, form(64, 1), lengths)
 
 
-@pytest.mark.parametrize("weight", [1, 3])
-def test_segments_have_a_weight(simulator: Simulator, weight: int) -> None:
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("weight", "lengths", "kv_heads"), [(2, [16, 0, 50, 33], 1), (1, [0, 50, 5], 2)], ids=["one head", "two heads"]
+)
+def test_segments_have_a_weight(simulator: Simulator, weight: int, lengths: list[int], kv_heads: int, reverse: bool) -> None:
     """Runs start and end in the units behind a head's pages, at its first page and amid them; heads are shared by two blocks
-    and by more; empty sequences weigh nothing."""
-    plan = ALONE | {"blocks": 4, "weight": weight}
-    check(simulator, plan, form(64, 1), [16, 0, 5, 50, 0], kv_heads=2)
+    and by more; empty sequences weigh nothing. Whoever leaves these units out is noticed: where a run starts, where a head
+    does (by a block that comes to it later, so blocks run in either order), and in which of a block's two partial results is
+    which."""
+    check(simulator, ALONE | {"blocks": 4, "weight": weight}, form(64, 1), lengths, kv_heads=kv_heads, reverse=reverse)
 
 
 @pytest.mark.parametrize("version", ["v2", "v3", "v4"])
