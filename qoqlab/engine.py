@@ -320,7 +320,7 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``steps`` times `decode` with the token that each sequence's sampling chooses (None, or none given: the
         likeliest), without a wait for the device in between: int64 tokens ``[steps, B]`` and whether a step's logits were
-        NaN, bool ``[steps, B]``, both on the device.
+        NaN or infinite, bool ``[steps, B]``, both on the device.
 
         Raises as `decode` does, and ValueError where a sequence would exceed ``max_tokens`` or samplings are not one each.
         """
@@ -395,7 +395,8 @@ class Engine:
         """Continue prompts of any lengths: the new tokens of each, at most ``max_new_tokens``, up to and with a token of
         ``stop``. Where tokens are drawn, each prompt has the seed after that of the one before it.
 
-        Raises ValueError as `prefill` does, and for a prompt that leaves too little of ``max_tokens``.
+        Raises ValueError as `prefill` does, and for a prompt that leaves too little of ``max_tokens``; RuntimeError where
+        logits are NaN or infinite.
         """
         require_count("max_new_tokens", max_new_tokens, 1)
         longest = max((len(prompt) for prompt in prompts), default=0)
@@ -411,7 +412,12 @@ class Engine:
             while True:
                 draws = draws_of([ways[i] for i in running], self.vocabulary, self.device)
                 places = torch.tensor([self.lengths[sequences[i]] for i in running], device=self.device)
-                tokens = choose(logits, draws, places)[0].tolist()
+                chosen, spoilt = choose(logits, draws, places)
+                if bool(spoilt.any()):
+                    raise RuntimeError(
+                        f"prompts: the model's logits of prompt {running[int(spoilt.long().argmax())]} are not finite"
+                    )
+                tokens = chosen.tolist()
                 for i, token in zip(running, tokens, strict=True):
                     found[i].append(token)
                 running = [i for i in running if len(found[i]) < max_new_tokens and found[i][-1] not in stop]

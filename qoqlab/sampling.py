@@ -81,14 +81,14 @@ def draws_of(samplings: Sequence[Sampling | None], vocabulary: int, device: torc
 
 
 def choose(logits: torch.Tensor, draws: Draws | None, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token of every row of ``logits [B, V]``: (int64 tokens [B], whether a row has NaN, bool [B]).
+    """The next token of every row of ``logits [B, V]``: (int64 tokens [B], whether a row has NaN or infinity, bool [B]).
 
     ``positions`` integer [B]: places that the tokens will have in their sequences. Does not wait for the device.
     """
     best, tokens = logits.max(-1)  # NaN is the largest of all
     if draws is not None:
         tokens[draws.rows] = _drawn(logits[draws.rows], draws, positions[draws.rows].long())
-    return tokens, best.isnan()
+    return tokens, ~best.isfinite()
 
 
 def _drawn(logits: torch.Tensor, draws: Draws, positions: torch.Tensor) -> torch.Tensor:

@@ -321,3 +321,11 @@ def test_fused_weights_compute_what_their_parts_do(quantized) -> None:
         whole = reference.w4a8_matmul(x, side_by_side(parts))
         assert torch.equal(whole, torch.cat([reference.w4a8_matmul(x, part) for part in parts], -1))
         assert kernel_problem(side_by_side(parts)) == ""
+
+
+def test_logits_that_are_not_finite_are_told(engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = engine._logits
+    monkeypatch.setattr(engine, "_logits", lambda y, r: logits(y, r).index_fill(0, torch.tensor([1]), torch.inf))
+    with pytest.raises(RuntimeError, match="logits of prompt 1 are not finite"):
+        engine.generate(PROMPTS[:2], 3)
+    assert not engine.lengths

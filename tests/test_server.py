@@ -99,8 +99,9 @@ def test_cancelled_at_every_step(quantized, expected, at):
     assert server.requests[1].finish is Finish.CANCELLED and server.engine.attend.cache.free_pages == 3
 
 
-def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch):
-    """A listener that raises; logits that are NaN."""
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch, bad):
+    """A listener that raises; logits that are NaN or infinite."""
     heard = []
 
     def fails(number, token):
@@ -115,7 +116,7 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch):
         logits = decode(sequences, tokens)
         for row, sequence in enumerate(sequences):
             if sequence == server._sequences.get(1) and len(server.requests[1].tokens) == 4:
-                logits[row, 3] = torch.nan
+                logits[row, 3] = bad
         return logits
 
     monkeypatch.setattr(server.engine, "decode", spoilt)
@@ -123,7 +124,7 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch):
         [Request(PROMPTS[0], 9, on_token=fails), Request(PROMPTS[2], 9), Request(PROMPTS[1], 9)]
     )
     assert first.finish is Finish.ERROR and "no more room" in first.error and heard == expected[0][:2]
-    assert second.finish is Finish.ERROR and "NaN" in second.error and second.tokens == expected[2][:4]
+    assert second.finish is Finish.ERROR and "not finite" in second.error and second.tokens == expected[2][:4]
     assert third.tokens == expected[1] and server.engine.attend.cache.free_pages == server.engine.pages
     assert list(server.record()["reason"]) == ["error", "error", "length"]
 

@@ -26,8 +26,8 @@ class Server:
     """Serves requests on an engine: `submit` them, `step` until `idle`, or `run` a list.
 
     ``ahead``: steps that the device takes in a row before the host looks at their tokens, where no prompt can come in.
-    Python's work is shared among them; tokens are handed out in turns of so many, a new
-    request waits for the end of a turn, and what follows a stop token in its turn is computed for nothing.
+    Python's work is shared among them; tokens are handed out in turns of so many, a new request waits for the end of a turn,
+    and what follows a stop token in its turn is computed for nothing.
 
     ``requests``: all that were submitted, by number, with their tokens, times (seconds of ``clock`` since the server was
     made) and ends. ``steps``: what every step had to do (sequences decoded, tokens cached for them, tokens of prompts) and
@@ -212,5 +212,5 @@ def _results(numbers: Iterable[int], tokens: torch.Tensor, spoilt: torch.Tensor)
     steps, results = len(tokens), {}
     for number, row in zip(numbers, rows, strict=True):
         good = row.index(1, steps) - steps if 1 in row[steps:] else steps
-        results[number] = row[:good] if good == steps else [*row[:good], Failure("the model's logits are NaN")]
+        results[number] = row[:good] if good == steps else [*row[:good], Failure("the model's logits are not finite")]
     return results
