@@ -55,7 +55,9 @@ def recolour(value: Any) -> Any:
 
 def dark(figure: go.Figure) -> go.Figure:
     """A copy of a figure, its frames included, in dark colours."""
-    return go.Figure(recolour(figure.to_dict()))
+    # part by part: a whole figure's `to_dict` turns arrays into text, which a live figure's traces would then hold
+    data, frames = ([part.to_plotly_json() for part in parts] for parts in (figure.data, figure.frames))
+    return go.Figure(recolour(data), recolour(figure.layout.to_plotly_json()), recolour(frames))
 
 
 class _Dark(MimetypeRenderer):

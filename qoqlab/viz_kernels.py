@@ -59,7 +59,8 @@ def bit_rows(words: Mapping[str, int], title: str, width: int | Sequence[int] = 
     for row, note in enumerate(notes):
         figure.add_annotation(x=-1, y=row, text=note, showarrow=False, xanchor="left", font={"size": 12})
     _layout(figure, title, "bit (index)", "", height=150 + 44 * len(words), showlegend=False)
-    figure.update_xaxes(range=[31.8, -9 if notes else -0.8], tickvals=[31, 24, 16, 8, 0], showgrid=False)
+    end = -1.3 - 0.5 * max(map(len, notes)) if notes else -0.8  # at 800 pixels a letter is as wide as half a bit
+    figure.update_xaxes(range=[31.8, min(end, -9) if notes else end], tickvals=[31, 24, 16, 8, 0], showgrid=False)
     return figure.update_yaxes(
         range=[len(words) - 0.4, -0.6], tickvals=list(range(len(words))), ticktext=list(words), showgrid=False
     )

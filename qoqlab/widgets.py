@@ -23,15 +23,23 @@ from . import themes, viz
 Range = tuple[float, ...] | list[Any]
 
 
-class _Keyboard(anywidget.AnyWidget):
-    """Nothing to see: as long as it lives, arrow keys move the sliders inside the figures of its page."""
+class _Page(anywidget.AnyWidget):
+    """Nothing to see: as long as it lives, figures of its page have the page's width, and arrow keys move their sliders."""
 
     _esm = (
         viz.STEER
         + """export default {initialize() {
-  const places = () => [...document.querySelectorAll('.js-plotly-plot')];
+  const widths = new WeakMap();
+  const look = (place) => {
+    if (window.Plotly && !place.onkeydown) steer(place);
+    // a figure that was drawn before it had a place has a width of its own; once for each width that the page gives it
+    const drawn = place.querySelector('.main-svg')?.getBoundingClientRect().width, given = place.clientWidth;
+    if (!drawn || !given || Math.abs(drawn - given) < 1 || widths.get(place) === given) return;
+    widths.set(place, given);
+    window.dispatchEvent(new Event('resize'));
+  };
   // figures come and go with the cells that are run
-  const timer = setInterval(() => window.Plotly && places().filter((place) => !place.onkeydown).forEach(steer), 500);
+  const timer = setInterval(() => document.querySelectorAll('.js-plotly-plot').forEach(look), 500);
   return () => clearInterval(timer);
 }};
 """
@@ -42,7 +50,7 @@ class Panel(ipywidgets.VBox):
     """Controls above a live figure: ``panel.children`` holds the controls in order, then the figure."""
 
     def __init__(self, name: str, controls: dict[str, Any], canvas: Any) -> None:
-        self._name, self._controls, self._keyboard = name, controls, _Keyboard()
+        self._name, self._controls, self._page = name, controls, _Page()
         super().__init__([*controls.values(), canvas])
 
     def __repr__(self) -> str:
@@ -99,7 +107,7 @@ class Dashboard(ipywidgets.HBox):
     """Controls on the left; a line of state, a table and a live figure on the right (below, on narrow screens)."""
 
     def __init__(self, name: str, controls: dict[str, Any], shown: tuple[Any, Any, Any]) -> None:
-        self._name, self.controls = name, controls
+        self._name, self.controls, self._page = name, controls, _Page()
         self.state, self.table, self.canvas = shown
         left = ipywidgets.VBox([*controls.values()], layout={"flex": "0 0 320px"})
         # hidden overflow lets the figure shrink with a narrow page

@@ -85,6 +85,7 @@ def test_live_figures_follow():
     slider.value = 4
     assert canvas.layout.template.layout.paper_bgcolor == themes.DARK_PAPER
     assert canvas.layout.title.text == "size 4" and canvas.data[0].line.color == themes.recolour(viz.PALETTE[0])
+    assert list(canvas.data[0].y) == [1, 2, 3, 4], "numbers stay numbers, which lessons read"
 
 
 def test_the_site_has_the_same_table():
