@@ -249,6 +249,52 @@ def published_and_bound(table: pd.DataFrame, title: str, against: str = "bound")
     return figure.update_yaxes(**_log_axis([torch.tensor(table["tokens_per_s"].to_list())]))
 
 
+def rounds(table: pd.DataFrame, title: str) -> go.Figure:
+    """Rounds of serving: a bar each with its tokens per second, and a diamond where a prediction lies.
+
+    ``table``: columns ``name``, ``group`` ("QoQ" or "torch", a colour each), ``tokens_per_s``, and ``predicted``, which may
+    be missing. From top to bottom in the table's order. Three traces, whatever the table holds.
+    """
+    figure = go.Figure()
+    for colour, group in zip(PALETTE, ("QoQ", "torch"), strict=False):
+        part = table[table["group"] == group]
+        figure.add_bar(
+            x=_numbers(part["tokens_per_s"].to_list()),
+            y=part["name"].to_list(),
+            name=group,
+            orientation="h",
+            text=[f"{value:,.0f}" for value in part["tokens_per_s"]],
+            textposition="inside",
+            insidetextanchor="start",
+            insidetextfont={"color": "white"},
+            textangle=0,
+            marker={"color": colour},
+            hovertemplate="%{y}: %{x:,.0f} tokens/s<extra>%{fullData.name}, measured</extra>",
+        )
+    known = table.dropna(subset="predicted")
+    figure.add_scatter(
+        x=_numbers(known["predicted"].to_list()),
+        y=known["name"].to_list(),
+        name="predicted",
+        mode="markers",
+        marker={"color": "white", "symbol": "diamond", "size": 11, "line": {"color": _INK, "width": 2}},
+        hovertemplate="%{y}: %{x:,.0f} tokens/s<extra>predicted</extra>",
+    )
+    _layout(figure, title, "tokens per second", "format or model", height=480, barmode="overlay", legend=_legend_above())
+    figure.update_layout(showlegend=True)
+    longest = float(table[["tokens_per_s", "predicted"]].max().max())
+    figure.update_xaxes(range=[0, 1.06 * longest])
+    names = table["name"].to_list()
+    return figure.update_yaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=names,
+        range=[len(names) - 0.4, -0.6],
+        showgrid=False,
+        automargin=True,
+    )
+
+
 def filling(table: pd.DataFrame, pages: dict[str, int], title: str) -> go.Figure:
     """A cache that fills. Left: sequences that run, step by step. Right: the share of its pages that is taken.
 
