@@ -75,7 +75,7 @@ def test_template_titles_and_size(name):
     layout = figure.to_plotly_json()["layout"]
     for letter in "xy":
         titles = [v.get("title", {}).get("text") for k, v in layout.items() if k.startswith(f"{letter}axis")]
-        assert all(titles) or (name == "shares" and letter == "y"), "the names of bars speak for themselves"
+        assert all(titles) or (name in ("shares", "rounds") and letter == "y"), "the names of bars speak for themselves"
     assert len(figure.to_json()) < 60_000
 
 
@@ -136,9 +136,10 @@ def test_published_may_stand_against_a_prediction():
 
 def test_rounds_are_bars_with_their_number_and_a_mark_where_something_was_predicted():
     figure = FIGURES["rounds"]()
-    ours, torchs, marks = figure.data
-    assert (ours.name, ours.x.tolist(), list(ours.y), list(ours.text)) == ("QoQ", [1234], ["m, 8 at once"], ["1,234"])
-    assert torchs.x.tolist() == [600] and (marks.x.tolist(), list(marks.y)) == ([1300], ["m, 8 at once"])
+    ours, torchs, marks, numbers = figure.data
+    assert (ours.name, ours.x.tolist(), list(ours.y)) == ("QoQ", [1234], ["m, 8 at once"]) and torchs.x.tolist() == [600]
+    assert (marks.x.tolist(), list(marks.y)) == ([1300], ["m, 8 at once"])
+    assert [text.strip() for text in numbers.text] == ["1,234", "600"] and numbers.x.tolist() == [1300, 600], "beyond both"
     assert list(figure.layout.yaxis.categoryarray) == ["m, 8 at once", "n, 2 at once"], "in the order of the table"
     assert figure.layout.xaxis.range[0] == 0 and figure.layout.xaxis.range[1] > 1300
-    assert len(viz_serving.rounds(ROUNDS[:1], "title").data) == 3, "as many traces, so that a slider may swap them"
+    assert len(viz_serving.rounds(ROUNDS[:1], "title").data) == 4, "as many traces, so that a slider may swap them"
