@@ -249,6 +249,53 @@ def published_and_bound(table: pd.DataFrame, title: str, against: str = "bound")
     return figure.update_yaxes(**_log_axis([torch.tensor(table["tokens_per_s"].to_list())]))
 
 
+def rounds(table: pd.DataFrame, title: str) -> go.Figure:
+    """Rounds of serving: a bar each with its tokens per second, and a diamond where a prediction lies.
+
+    ``table``: columns ``name``, ``group`` ("QoQ" or "torch", a colour each), ``tokens_per_s``, and ``predicted``, which may
+    be missing. From top to bottom in the table's order. Four traces, whatever the table holds.
+    """
+    figure = go.Figure()
+    for colour, group in zip(PALETTE, ("QoQ", "torch"), strict=False):
+        part = table[table["group"] == group]
+        figure.add_bar(
+            x=_numbers(part["tokens_per_s"].to_list()),
+            y=part["name"].to_list(),
+            name=group,
+            orientation="h",
+            marker={"color": colour},
+            hovertemplate="%{y}: %{x:,.0f} tokens/s<extra>%{fullData.name}, measured</extra>",
+        )
+    known = table.dropna(subset="predicted")
+    figure.add_scatter(
+        x=_numbers(known["predicted"].to_list()),
+        y=known["name"].to_list(),
+        name="predicted",
+        mode="markers",
+        marker={"color": "white", "symbol": "diamond", "size": 11, "line": {"color": _INK, "width": 2}},
+        hovertemplate="%{y}: %{x:,.0f} tokens/s<extra>predicted</extra>",
+    )
+    ends = table[["tokens_per_s", "predicted"]].max(axis=1)
+    figure.add_scatter(  # behind the mark, which may lie beyond the bar
+        x=_numbers(ends.to_list()),
+        y=table["name"].to_list(),
+        text=[f"   {value:,.0f}" for value in table["tokens_per_s"]],
+        mode="text",
+        textposition="middle right",
+        cliponaxis=False,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    # room for the longest name, the same in every figure: a slider's frames do not make any
+    room = {"l": 256, "r": 30, "t": 100, "b": 60}
+    _layout(figure, title, "tokens per second", "", height=480, barmode="overlay", margin=room, legend=_legend_above())
+    figure.update_layout(showlegend=True)
+    figure.update_xaxes(range=[0, 1.2 * float(ends.max())])
+    names = table["name"].to_list()
+    order = {"categoryorder": "array", "categoryarray": names, "range": [len(names) - 0.4, -0.6]}
+    return figure.update_yaxes(type="category", showgrid=False, automargin=False, **order)
+
+
 def filling(table: pd.DataFrame, pages: dict[str, int], title: str) -> go.Figure:
     """A cache that fills. Left: sequences that run, step by step. Right: the share of its pages that is taken.
 

@@ -95,10 +95,31 @@ def test_calibration_reads_the_measurements():
     spec = importlib.util.spec_from_file_location("calibrate", DATA / "benchmarks" / "calibrate.py")
     calibrate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(calibrate)
-    found = {name: astuple(efficiency) for name, (efficiency, _) in calibrate.calibrated().items()}
+    sets = calibrate.calibrated()
+    found = {name: astuple(efficiency) for name, (efficiency, _) in sets.items()}
     assert found["OURS"] == pytest.approx(astuple(OURS.efficiency), rel=6e-3, abs=1e-9)
     for name, system in TORCH.items():
         assert found[f"TORCH_{name.upper()}"] == pytest.approx(astuple(system.efficiency), rel=6e-3, abs=1e-9)
+    stored = json.loads((DATA / "benchmarks" / "calibration.json").read_text())["unseen_models"]
+    for name, models in (("OURS", 4), ("TORCH_FP16", 3)):
+        rows = calibrate.unseen(sets[name][1], "llama-3-8b")
+        kept = {row["model"]: row["error"] for row in stored if row["set"] == name}
+        assert len(kept) == models and kept == pytest.approx({row["model"]: row["error"] for row in rows}, abs=2e-3)
+        assert all(abs(error) < 0.1 for error in kept.values())
+
+
+def test_models_are_foreseen_without_their_own_rounds():
+    """A model that runs at half the speed of the rest is seen as such: it takes no part in the fit that foresees it."""
+    spec = importlib.util.spec_from_file_location("calibrate", DATA / "benchmarks" / "calibrate.py")
+    calibrate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(calibrate)
+    works = [prediction.gemm_work(4096, 4096, tokens, KV4, H200) for tokens in (1, 64, 1024)]
+    times = [1e6 * OURS.efficiency.seconds(work) for work in works]
+    known = [({"op": "gemm"}, work, us) for work, us in zip(works, times, strict=True)]
+    own = [({"op": "serve", "model": "slow", "batch": 8}, work, 2 * us) for work, us in zip(works[:2], times, strict=False)]
+    (row,) = calibrate.unseen(known + own, "fast")
+    assert row["model"] == "slow" and row["us"] == pytest.approx(2 * sum(times[:2]))
+    assert row["error"] == pytest.approx(-0.5, abs=0.02)
 
 
 def test_every_large_error_has_a_reason_and_no_small_one(table):

@@ -21,6 +21,14 @@ SERVED = pd.DataFrame(
     {"system": ["s", "t"], "gpu": ["A", "B"], "model": ["m", "n"], "tokens_per_s": [50.0, 300.0], "bound": [100.0, 400.0]}
 )
 COST = pd.DataFrame({"name": ["m", "m"], "group": ["s", "t"], "value": [0.1, 1.0]})
+ROUNDS = pd.DataFrame(
+    {
+        "name": ["m, 8 at once", "n, 2 at once"],
+        "group": ["QoQ", "torch"],
+        "tokens_per_s": [1234.0, 600.0],
+        "predicted": [1300.0, None],
+    }
+)
 LOADS = pd.DataFrame(
     {
         "precision": ["a", "a", "b"],
@@ -42,6 +50,7 @@ FIGURES = {
     "shares": lambda: viz_serving.shares(SHARES, "title", "time (%)"),
     "memory_by_batch": lambda: viz_serving.memory_by_batch(LINES, 12.0, "title"),
     "published_and_bound": lambda: viz_serving.published_and_bound(SERVED, "title"),
+    "rounds": lambda: viz_serving.rounds(ROUNDS, "title"),
     "bars": lambda: viz_serving.bars(COST, "title", "model", "cost in dollars"),
     "filling": lambda: viz_serving.filling(FILLS, {"a": 8, "b": 4}, "title"),
     "load_and_cost": lambda: viz_serving.load_and_cost(LOADS, "title"),
@@ -66,7 +75,7 @@ def test_template_titles_and_size(name):
     layout = figure.to_plotly_json()["layout"]
     for letter in "xy":
         titles = [v.get("title", {}).get("text") for k, v in layout.items() if k.startswith(f"{letter}axis")]
-        assert all(titles) or (name == "shares" and letter == "y"), "the names of bars speak for themselves"
+        assert all(titles) or (name in ("shares", "rounds") and letter == "y"), "the names of bars speak for themselves"
     assert len(figure.to_json()) < 60_000
 
 
@@ -123,3 +132,14 @@ def test_published_may_stand_against_a_prediction():
     figure = viz_serving.published_and_bound(predicted, "title", "predicted")
     marks = [t for t in figure.data if t.mode == "markers" and len(t.x)]
     assert [float(t.x[0]) for t in marks] == [60, 250] and "predicted" in figure.layout.xaxis.title.text
+
+
+def test_rounds_are_bars_with_their_number_and_a_mark_where_something_was_predicted():
+    figure = FIGURES["rounds"]()
+    ours, torchs, marks, numbers = figure.data
+    assert (ours.name, ours.x.tolist(), list(ours.y)) == ("QoQ", [1234], ["m, 8 at once"]) and torchs.x.tolist() == [600]
+    assert (marks.x.tolist(), list(marks.y)) == ([1300], ["m, 8 at once"])
+    assert [text.strip() for text in numbers.text] == ["1,234", "600"] and numbers.x.tolist() == [1300, 600], "beyond both"
+    assert list(figure.layout.yaxis.categoryarray) == ["m, 8 at once", "n, 2 at once"], "in the order of the table"
+    assert figure.layout.xaxis.range[0] == 0 and figure.layout.xaxis.range[1] > 1300
+    assert len(viz_serving.rounds(ROUNDS[:1], "title").data) == 4, "as many traces, so that a slider may swap them"
