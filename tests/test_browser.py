@@ -266,6 +266,9 @@ def run_all(desk, path: str) -> Iterator[None]:
             assert (error == "NotImplementedError") == ("exercise" in tags), f"cell {count}: {error}"
             assert error in (None, "NotImplementedError"), f"cell {count}: {error}"
         yield
+    except BaseException:
+        page.screenshot(path=SHOTS / "failed.png")
+        raise
     finally:
         page.evaluate(CLOSE)
 
