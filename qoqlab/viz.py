@@ -803,7 +803,7 @@ def _moving_parts(figure: go.Figure) -> dict[str, object]:
 #: JavaScript for pages with figures of `with_slider`: plotly's sliders know the mouse alone, so ``steer(place)`` makes the
 #: arrow keys move the slider of a figure that has the focus, and tells screen readers where it stands.
 STEER = """const steer = (place) => {
-  const slider = () => place.layout.sliders[0], labels = (place.layout.sliders ?? [])[0]?.steps.map((step) => step.label);
+  const slider = () => place.layout.sliders[0], labels = (place.layout?.sliders ?? [])[0]?.steps.map((step) => step.label);
   if (!labels) return;
   const say = () => Object.entries({role: 'slider', 'aria-label': slider().currentvalue?.prefix ?? 'shown',
     'aria-valuemin': 0, 'aria-valuemax': labels.length - 1, 'aria-valuenow': slider().active ?? 0,

@@ -9,6 +9,7 @@ them (that each runs from a fresh one is nbval's to prove), and Voila's three st
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -78,6 +80,7 @@ CELLS = """() => window.jupyterapp.shell.currentWidget.content.widgets
   .map((cell) => [cell.model.executionCount, cell.model.getMetadata('tags') ?? [],
     cell.model.sharedModel.getOutputs().filter((o) => o.output_type === 'error').map((o) => o.ename)[0] ?? null])"""
 CLOSE = """async () => {
+  if (window.kernel.status === 'busy') await window.kernel.interrupt();
   window.jupyterapp.shell.currentWidget.dispose();
   const code = 'import ipywidgets; ipywidgets.Widget.close_all()\\n%reset -f';
   await window.kernel.requestExecute({code, silent: true}).done;
@@ -252,14 +255,22 @@ def settle(page, ready) -> None:
         page.wait_for_timeout(200)
 
 
-def run_all(desk, path: str) -> None:
-    """Run a notebook; every cell has run, and only exercises failed."""
+@contextlib.contextmanager
+def run_all(desk, path: str) -> Iterator[None]:
+    """Run a notebook; every cell has run, and only exercises failed. It is closed afterwards, whatever happened to it."""
     page = desk.page
-    page.evaluate(RUN_ALL, path)
-    settle(page, lambda: page.evaluate(DONE))
-    for count, tags, error in page.evaluate(CELLS):
-        assert (error == "NotImplementedError") == ("exercise" in tags), f"cell {count}: {error}"
-        assert error in (None, "NotImplementedError"), f"cell {count}: {error}"
+    try:
+        page.evaluate(RUN_ALL, path)
+        settle(page, lambda: page.evaluate(DONE))
+        for count, tags, error in page.evaluate(CELLS):
+            assert (error == "NotImplementedError") == ("exercise" in tags), f"cell {count}: {error}"
+            assert error in (None, "NotImplementedError"), f"cell {count}: {error}"
+        yield
+    except BaseException:
+        page.screenshot(path=SHOTS / "failed.png")
+        raise
+    finally:
+        page.evaluate(CLOSE)
 
 
 def title(scope) -> str:
@@ -299,23 +310,22 @@ LESSONS = [
 @pytest.mark.parametrize(("name", "moves", "wanted"), LESSONS, ids=[name for name, *_ in LESSONS])
 def test_a_lesson_runs_and_its_controls_move_the_figure(desk, name, moves, wanted):
     page = desk.page
-    run_all(desk, f"{name}.ipynb")
-    panel = page.locator(".jupyter-widgets.widget-vbox").filter(has=page.locator(".js-plotly-plot")).first
-    panel.locator(".gtitle").first.wait_for()
-    before = title(panel)
-    if not moves:  # any control will do: one step with the keyboard
-        panel.locator(".noUi-handle").first.press("ArrowRight")
-    for label, value in moves:
-        move(panel, label, value)
-    settle(page, lambda: title(panel) != before and wanted in title(panel))
-    panel.scroll_into_view_if_needed()
-    page.screenshot(path=SHOTS / f"{name}.png")
-    inside = page.locator(".js-plotly-plot[role=slider]").first  # a figure with a slider of its own
-    stood, shown = int(inside.get_attribute("aria-valuenow")), title(inside)
-    inside.press("ArrowLeft" if stood else "ArrowRight")
-    settle(page, lambda: title(inside) != shown)
-    assert abs(int(inside.get_attribute("aria-valuenow")) - stood) == 1
-    page.evaluate(CLOSE)
+    with run_all(desk, f"{name}.ipynb"):
+        panel = page.locator(".jupyter-widgets.widget-vbox").filter(has=page.locator(".js-plotly-plot")).first
+        panel.locator(".gtitle").first.wait_for()
+        before = title(panel)
+        if not moves:  # any control will do: one step with the keyboard
+            panel.locator(".noUi-handle").first.press("ArrowRight")
+        for label, value in moves:
+            move(panel, label, value)
+        settle(page, lambda: title(panel) != before and wanted in title(panel))
+        panel.scroll_into_view_if_needed()
+        page.screenshot(path=SHOTS / f"{name}.png")
+        inside = page.locator(".js-plotly-plot[role=slider]").first  # a figure with a slider of its own
+        stood, shown = int(inside.get_attribute("aria-valuenow")), title(inside)
+        inside.press("ArrowLeft" if stood else "ArrowRight")
+        settle(page, lambda: title(inside) != shown)
+        assert abs(int(inside.get_attribute("aria-valuenow")) - stood) == 1
 
 
 #: Explorer, what to move in turn, and what its figure's title says afterwards.
@@ -345,11 +355,10 @@ def play(page, moves, wanted: str) -> None:
 
 @each_explorer
 def test_an_explorer_answers_in_jupyterlab(desk, name, moves, wanted):
-    run_all(desk, f"explorers/{name}.ipynb")
-    play(desk.page, moves, wanted)
-    desk.page.locator(".qoqlab-state").first.scroll_into_view_if_needed()
-    desk.page.screenshot(path=SHOTS / f"{name}.png")
-    desk.page.evaluate(CLOSE)
+    with run_all(desk, f"explorers/{name}.ipynb"):
+        play(desk.page, moves, wanted)
+        desk.page.locator(".qoqlab-state").first.scroll_into_view_if_needed()
+        desk.page.screenshot(path=SHOTS / f"{name}.png")
 
 
 def test_jupyterlab_needed_nothing_from_elsewhere(desk):
