@@ -92,6 +92,25 @@ def test_the_last_comer_is_preempted_and_computed_again():
     assert len(steps) == again + 1 + 7  # all tokens but the last are fed, those from before again
 
 
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    st.booleans(),
+    st.integers(1, 8),
+    st.frozensets(st.integers(0, 9), max_size=3),
+)
+def test_tokens_in_one_call_are_tokens_one_by_one(tokens, broken, most, stop):
+    ends = []
+    for together in (True, False):
+        scheduler = Scheduler(Limits(1, 9, 40, PAGE))
+        progress = scheduler.submit(Request((1, 2), most, stop=stop))
+        scheduler.complete(scheduler.plan(), {0: [5]})
+        step, found = Step(decode=(0,), repeat=len(tokens)), [*tokens, *[Failure("broken")] * broken]
+        for part in [found] if together else [[result] for result in found]:
+            scheduler.complete(step, {0: part})
+        ends.append((progress.tokens, progress.finish, progress.error, progress.finish or progress.cached))
+    assert ends[0] == ends[1]
+
+
 def test_a_prompt_never_overtakes_an_earlier_one():
     scheduler = Scheduler(Limits(4, 4, 16, PAGE))
     for length in (9, 13, 1):

@@ -129,6 +129,22 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch, bad
     assert list(server.record()["reason"]) == ["error", "error", "length"]
 
 
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_who_listens_may_cancel_in_the_middle_of_a_turn(quantized, expected, ahead):
+    """Its own request, and that of another listener: no token after that is kept, or told."""
+    server, heard = Server(engine_of(quantized), ahead=ahead), {0: [], 1: []}
+
+    def listen(number, token):
+        heard[number].append(token)
+        if number == 1 and len(heard[1]) == 3:
+            assert server.cancel(0) and server.cancel(1)
+
+    first, second, quiet = server.run([Request(PROMPTS[i], 9, on_token=listen if i < 2 else None) for i in range(3)])
+    assert heard == {0: first.tokens, 1: second.tokens} == {0: expected[0][:3], 1: expected[1][:3]}
+    assert first.finish is second.finish is Finish.CANCELLED and quiet.tokens == expected[2]
+    assert server.engine.attend.cache.free_pages == server.engine.pages
+
+
 @pytest.mark.parametrize("ahead", [1, 3, 8])
 def test_steps_in_a_row(quantized, expected, ahead):
     """The same tokens; a stop in the middle of a turn; NaN in the middle of a turn."""

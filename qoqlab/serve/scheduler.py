@@ -196,42 +196,42 @@ class Scheduler:
         self.waiting.appendleft(progress)
 
     def complete(self, step: Step, results: Mapping[int, Sequence[int | Failure]]) -> list[Progress]:
-        """Take in what a step brought each of its requests that has not ended meanwhile: a token, for a step that repeats so
-        many of them (in one call, or in several in turn); or a `Failure`, which is the last. Tokens behind the one that ends
-        a request, and those that are known from before a preemption, are left out. Returns the requests that ended."""
+        """Take in what a step brought to some of its requests, those that have not ended meanwhile: a token, for a step that
+        repeats so many of them (in one call, or in several in turn); or a `Failure`, which is the last. Tokens behind the
+        one that ends a request, and those that are known from before a preemption, are left out. Returns the requests that
+        ended."""
         ended = []
         taken = set(step.prefill)
-        by_number = {p.number: p for p in self.running}
+        by_number = {p.number: p for p in self.running if p.number in results}
         for number in (*step.prefill, *step.decode):
             progress = by_number.get(number)
             if progress is None:
-                continue  # cancelled during the step
-            found = results[number]
-            progress.cached = len(progress.request.prompt) if number in taken else progress.cached + len(found)
-            finish = self._taken_in(progress, found)
+                continue  # cancelled during the step, or not in these results
+            progress.cached = len(progress.request.prompt) if number in taken else progress.cached + 1
+            finish = self._take_in(progress, results[number])
             if finish is not None:
                 self._end(progress, finish)
                 ended.append(progress)
         return ended
 
     @staticmethod
-    def _taken_in(progress: Progress, found: Sequence[int | Failure]) -> Finish | None:
-        """Add tokens to a request; how that ends it, if it does."""
-        request, finish = progress.request, None
-        last = found[-1]
-        if isinstance(last, Failure):
-            found, finish, progress.error = found[:-1], Finish.ERROR, last.message
-        if progress.cached >= len(request.prompt) + len(progress.tokens):  # what follows the cached tokens was not known
-            tokens = list(found[: request.max_new_tokens - len(progress.tokens)])
+    def _take_in(progress: Progress, found: Sequence[int | Failure]) -> Finish | None:
+        """Add tokens to a request, of which the first one's input is counted as cached; how they end it, if they do."""
+        request, last = progress.request, found[-1]
+        if progress.fresh:
+            progress.cached += len(found) - 1
+            tokens = [token for token in found if not isinstance(token, Failure)]
+            tokens = tokens[: request.max_new_tokens - len(progress.tokens)]
             stop = next((i for i, token in enumerate(tokens) if token in request.stop), None) if request.stop else None
+            progress.tokens += tokens if stop is None else tokens[: stop + 1]
             if stop is not None:
-                tokens, finish = tokens[: stop + 1], Finish.STOP
-            progress.tokens += tokens  # type: ignore[arg-type]
-            if finish is not Finish.STOP and len(progress.tokens) == request.max_new_tokens:
-                finish = Finish.LENGTH
-            if finish in (Finish.STOP, Finish.LENGTH):
-                progress.error = ""
-        return finish
+                return Finish.STOP
+            if len(progress.tokens) == request.max_new_tokens:
+                return Finish.LENGTH
+        if isinstance(last, Failure):
+            progress.error = last.message
+            return Finish.ERROR
+        return None
 
 
 # -- traces ---------------------------------------------------------------------------------------------------------------

@@ -143,34 +143,34 @@ class Server:
 
     def _finish(self, step: Step, results: Results) -> None:
         """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
-        before = {n: len(self.requests[n].tokens) for n in results if self.requests[n].finish is None}
-        ended = self.scheduler.complete(step, results)
-        for number, count in before.items():
+        heard = {n: found for n, found in results.items() if self.requests[n].request.on_token is not None}
+        ended = self.scheduler.complete(step, {n: found for n, found in results.items() if n not in heard})
+        for turn in range(step.repeat if heard else 0):  # token by token: who listens may cancel before the next one
+            listening = [n for n, found in heard.items() if turn < len(found) and self.requests[n].finish is None]
+            before = [len(self.requests[n].tokens) for n in listening]
+            ended += self.scheduler.complete(step, {n: [heard[n][turn]] for n in listening})
+            for number, count in zip(listening, before, strict=True):
+                if len(self.requests[number].tokens) > count:
+                    self._tell(self.requests[number], ended)
+        for number in results:
             progress = self.requests[number]
-            if len(progress.tokens) == count:
-                continue
-            if progress.first is None:
+            if progress.tokens and progress.first is None:
                 progress.first = self.now()
-            if progress.request.on_token is not None:
-                self._tell(progress, count, ended)
         for progress in ended:
             self._close(progress)
 
-    def _tell(self, progress: Progress, count: int, ended: list[Progress]) -> None:
-        """Tokens after the first ``count`` to a request's listener, until it is cancelled; one that raises ends it."""
-        listener = progress.request.on_token
-        assert listener is not None
-        for token in progress.tokens[count:]:
-            if progress.finish is Finish.CANCELLED:
-                return
-            try:
-                listener(progress.number, token)
-            except Exception as error:
-                progress.error = f"on_token: {type(error).__name__}: {error}"
-                if self.scheduler.cancel(progress):
-                    ended.append(progress)
-                progress.finish = Finish.ERROR
-                return
+    def _tell(self, progress: Progress, ended: list[Progress]) -> None:
+        """A request's last token to its listener; one that raises ends the request."""
+        if progress.first is None:
+            progress.first = self.now()
+        try:
+            assert progress.request.on_token is not None
+            progress.request.on_token(progress.number, progress.tokens[-1])
+        except Exception as error:
+            progress.error = f"on_token: {type(error).__name__}: {error}"
+            if self.scheduler.cancel(progress):
+                ended.append(progress)
+            progress.finish = Finish.ERROR
 
     def _free(self, number: int) -> None:
         sequence = self._sequences.pop(number, None)
