@@ -29,6 +29,15 @@ PRECISIONS: dict[str, Scheme] = {
     "W4A8KV4 per channel": Scheme(PER_CHANNEL, INT8, UINT4),
     "W4A4KV4": Scheme(PER_CHANNEL_INT4, INT4, UINT4),
 }
+#: Formats that are served, by their names on command lines and in records.
+SERVED = {
+    "w4a8kv4-g128": "W4A8KV4",
+    "w4a8kv4": "W4A8KV4 per channel",
+    "fp16": "fp16",
+    "w8a8": "W8A8",
+    "w8a8kv8": "W8A8KV8",
+    "w4a16": "W4A16",
+}
 #: Bytes of an fp16 number.
 FP16 = 2
 #: Share of a card's memory that is left for weights and cache; the rest is for activations, the CUDA context and tables.

@@ -24,16 +24,15 @@ import pandas as pd
 from qoqlab import prediction, validation
 from qoqlab.machines import GPUS, MODELS, Geometry
 from qoqlab.prediction import Efficiency, Work
-from qoqlab.roofline import PRECISIONS
+from qoqlab.roofline import PRECISIONS, SERVED
 
 HERE = Path(__file__).resolve().parent
 H200 = GPUS["H200"]
 LLAMA = MODELS["Llama-3-8B"]
 SCHEMES = {"w4a8-g128": PRECISIONS["W4A8KV4"], "w4a8-channel": PRECISIONS["W4A8KV4 per channel"]}
-#: Rounds of serving, and formats by their names there.
+#: Rounds of serving.
 ROUNDS = ("24gb", "72b", "72b_w8", "80gb_fp16", "channel", "fp16", "largest", "llama2", "mistral", "peers", "yi")
-SERVED = ("serve_h200", *(f"serve_{name}_h200" for name in ROUNDS))
-FORMATS = {"w4a8kv4-g128": "W4A8KV4", "w4a8kv4": "W4A8KV4 per channel", "fp16": "fp16", "w8a8": "W8A8", "w8a8kv8": "W8A8KV8"}
+RECORDS = ("serve_h200", *(f"serve_{name}_h200" for name in ROUNDS))
 #: What differs from fp16 in torch's other formats, as far as a few rounds can tell.
 FREE = {"w8a8": frozenset({"slowing", "gemm_seconds"}), "w8a8kv8": frozenset({"slowing", "gemm_seconds", "cache"})}
 Point = tuple[dict[str, Any], Work, float]
@@ -98,7 +97,7 @@ def rounds(files: Sequence[str], precision: str, system: prediction.System) -> l
     names = {name.lower(): model for name, model in MODELS.items()}
     for row in (row for file in files for row in read(file) if row["precision"] == precision):
         model, batch, prompt, output = names[row["model"]], row["batch"], row["prompt"], row["output"]
-        scheme, together = PRECISIONS[FORMATS[precision]], max(1, min(batch, 8192 // prompt))
+        scheme, together = PRECISIONS[SERVED[precision]], max(1, min(batch, 8192 // prompt))
         prefill = prediction.prefill_work(model, together, prompt, scheme, H200, system) * (batch / together)
         step = prediction.step_work(model, batch, prompt + output // 2, scheme, H200, system) * (output - 1)
         for part, work in (("prefill", prefill), ("decode", step)):
@@ -110,15 +109,15 @@ def rounds(files: Sequence[str], precision: str, system: prediction.System) -> l
 def calibrated() -> dict[str, tuple[Efficiency, list[Point]]]:
     """Efficiencies by name, with the points they come from. Our unpacking is hidden: with a tax the fit is no better."""
     ours, whole = steps()
-    served = [*rounds(SERVED, "w4a8kv4-g128", prediction.OURS), *rounds(SERVED, "w4a8kv4", prediction.OURS)]
+    served = [*rounds(RECORDS, "w4a8kv4-g128", prediction.OURS), *rounds(RECORDS, "w4a8kv4", prediction.OURS)]
     sets = {"OURS": gemms() + attentions(peers=False) + ours + served}
     sets["TORCH_FP16"] = (
-        gemms("cublas_fp16") + attentions(peers=True) + whole + rounds(SERVED, "fp16", prediction.TORCH_FP16)
+        gemms("cublas_fp16") + attentions(peers=True) + whole + rounds(RECORDS, "fp16", prediction.TORCH_FP16)
     )
     found = {name: (fitted(points, frozenset({"tax"})), points) for name, points in sets.items()}
     fp16 = found["TORCH_FP16"][0]
     for name, free in FREE.items():
-        points = rounds(SERVED, name, prediction.TORCH_FP16)
+        points = rounds(RECORDS, name, prediction.TORCH_FP16)
         fixed = frozenset(f.name for f in fields(Efficiency)) - free
         found[f"TORCH_{name.upper()}"] = fitted(points, fixed, fp16), points
     return found

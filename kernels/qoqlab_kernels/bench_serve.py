@@ -55,15 +55,6 @@ from .bench_decode import DTYPE
 from .torch_model import EPS, GROUP
 
 MODULE = "qoqlab.serve.bench"
-#: Formats by the names of the command line: `roofline.PRECISIONS`.
-PRECISIONS = {
-    "w4a8kv4-g128": "W4A8KV4",
-    "w4a8kv4": "W4A8KV4 per channel",
-    "fp16": "fp16",
-    "w8a8": "W8A8",
-    "w8a8kv8": "W8A8KV8",
-    "w4a16": "W4A16",
-}
 #: Tokens of prompts that a step takes in at most.
 PREFILL = 8192
 #: Seconds that a call on several GPUs may take, with kernels to compile.
@@ -261,7 +252,7 @@ def batches_of(
     fits."""
     device = torch.cuda.get_device_properties().total_memory
     budget = min(device, known.budget_gb * 1e9 if known.budget_gb else device)
-    scheme = roofline.PRECISIONS[PRECISIONS[precision]]
+    scheme = roofline.PRECISIONS[roofline.SERVED[precision]]
     most = planner.largest_batch(model, scheme, budget, known.prompt + known.output, PREFILL)
     most = most if ranks is None else int(ranks.first(most))
     if not most:
@@ -282,7 +273,7 @@ def measured(
     model: Geometry, precision: str, known: argparse.Namespace, ranks: parallel.Ranks | None = None
 ) -> Iterator[dict[str, Any]]:
     """Every batch in turn. With ``ranks``, ``model`` is this one's slice; bounds are those of a single GPU only."""
-    scheme, gpu = roofline.PRECISIONS[PRECISIONS[precision]], gpu_here() if ranks is None else None
+    scheme, gpu = roofline.PRECISIONS[roofline.SERVED[precision]], gpu_here() if ranks is None else None
     batches = batches_of(model, precision, known, ranks)
     forget()
     network = None if precision in torch_model.PRODUCTS else random_network(model, precision)
@@ -314,7 +305,7 @@ def measured(
             del engine
         planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL)
         serving = roofline.Serving(batch, known.prompt, known.output)
-        system = prediction.TORCH.get(PRECISIONS[precision]) if network is None else prediction.OURS
+        system = prediction.TORCH.get(roofline.SERVED[precision]) if network is None else prediction.OURS
         yield {
             "op": "serve",
             "model": model.name.lower(),
@@ -345,7 +336,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Geometry
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Tokens per second that this GPU serves.")
     names = {name.lower(): model for name, model in MODELS.items()}
     parser.add_argument("--model", default="llama-3-8b", help=f"of {', '.join(names)}, by commas")
-    parser.add_argument("--precision", default="w4a8kv4-g128,fp16", help=f"of {', '.join(PRECISIONS)}, by commas")
+    parser.add_argument("--precision", default="w4a8kv4-g128,fp16", help=f"of {', '.join(roofline.SERVED)}, by commas")
     parser.add_argument("--batches", default="auto", help="numbers by commas; auto: 64, 256 and the largest that fits")
     parser.add_argument("--budget-gb", type=float, help="memory to use, to stand for a smaller card")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
@@ -359,7 +350,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Geometry
     known = parser.parse_args(list(arguments))
     try:
         models = [names[name] for name in measure.choices(known.model, "--model", list(names))]
-        known.precisions = measure.choices(known.precision, "--precision", list(PRECISIONS))
+        known.precisions = measure.choices(known.precision, "--precision", list(roofline.SERVED))
         if known.batches != "auto":
             measure.numbers(known.batches, "--batches")
     except ValueError as error:
