@@ -120,7 +120,7 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: 
     return seen[0].transpose(0, 1)
 
 
-#: torch's attentions of prompts. Not cuDNN's, which plans for tens of milliseconds before every new length.
+#: torch's attentions of prompts. Not cuDNN's, which makes a plan for every new length.
 ALONE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -143,7 +143,8 @@ def causal_prompts(
     """`causal` of every prompt of a batch: query ``[M, Hq, D]``, key and value ``[M, Hkv, D]`` -> ``[M, Hq, D]``.
 
     On a GPU by one kernel for all prompts where torch has it: FlashAttention, of 16-bit numbers. A prompt's result has the
-    same bits whatever is beside it (which rules out a faster kernel for prompts that are alike).
+    same bits whatever is beside it (which rules out a faster kernel for prompts that are alike), if the caller lets torch
+    choose among `ALONE` only, as `Engine.prefill` does.
     """
     if len(batch.counts) == 1 and (window is None or window >= len(query)):  # which torch begins sooner
         return causal(query, key, value, window)

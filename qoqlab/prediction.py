@@ -36,7 +36,7 @@ GROUP = 128
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do, by kind, on one card. The first five are seconds at its data sheet, the others are counts.
+    """What there is to do, by kind, on one card: seconds at its data sheet, and counts of GEMMs, attentions and layers.
 
     ``weights``: operands and results of GEMMs moved; ``multiply``: tensor cores; ``cache``: attention's bytes;
     ``elementwise``: bytes between kernels; ``unpack``: instructions of CUDA cores. ``sustained``: those seconds of

@@ -4,8 +4,8 @@
 
 Bound: the bytes that must be read and written over the copy bandwidth measured in the same run. Beside it the time of
 torch's copy of as many bytes, which also has to start and to end. Every result is compared with `qoqlab.reference`, bit for
-bit, before it is timed. Operands and results rotate (`SETS` sets at most: few tokens stay
-in the L2 cache, as between two kernels of a model).
+bit, before it is timed. Operands and results rotate (`SETS` sets at most: few tokens stay in the L2 cache, as between two
+kernels of a model).
 """
 
 from __future__ import annotations

@@ -239,23 +239,8 @@ def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) 
 
 def point_table(results: Sequence[dict[str, Any]]) -> str:
     """Every point with its bound, the share of the bandwidth, its best peer and its aim."""
-    names = [
-        "B",
-        "tokens",
-        "heads",
-        "D",
-        "us",
-        "+ append",
-        "settled",
-        "bound",
-        "% of bandwidth",
-        "TB/s",
-        "error",
-        "best peer",
-        "us",
-        "target",
-        "",
-    ]
+    first = ["B", "tokens", "heads", "D", "us", "+ append", "settled", "bound"]
+    names = [*first, "% of bandwidth", "TB/s", "error", "best peer", "us", "target", ""]
     rows = []
     for r in results:
         best = min(r["peers"], key=r["peers"].__getitem__, default=None)
