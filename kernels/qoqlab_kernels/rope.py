@@ -25,8 +25,7 @@ MOST_THREADS = 512
 @device
 def _code(x, high, scale, zero):
     """``clamp(round(x / scale + zero))``, 0..15; ``high``: 1 / scale. The quotient is that of an IEEE division: corrected
-    by what it leaves, for all numbers of 11 bits (Markstein, IBM J. Res. Dev. 34, 1990; ``tests/kernels/test_quotients.py``).
-    """
+    by what it leaves, for all numbers of 11 bits (Markstein, IBM J. Res. Dev. 34, 1990; a test tries all of them)."""
     guess = ptx.multiply(x, high)
     quotient = ptx.fuse(ptx.fuse(-guess, scale, x), high, guess)
     clamped = ptx.minimum(ptx.maximum(ptx.add(quotient, zero), f32(0.0)), f32(15.0))
