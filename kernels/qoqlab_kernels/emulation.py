@@ -1,227 +1,28 @@
-"""The instructions of `ptx` in plain Python, for numba's CUDA simulator.
+"""The instructions of `ptx` in plain Python, for numba's CUDA simulator as `simulation` runs it.
 
-The simulator runs every thread of a block as a Python thread. Instructions of one thread read and write the block's memory
-at once; instructions of a warp meet at a barrier of its 32 threads, exchange their registers, and each takes its share of
-the result. What hardware would leave undefined (memory outside every array, a bulk copy of a wrong size, a barrier nobody
-will complete) is an error here; shared memory that nobody wrote holds a pattern that spoils results.
-
-Clusters are not emulated: the simulator runs one block at a time.
+Instructions of one thread read and write the block's memory at once; instructions of a warp meet: the last of its 32 threads
+computes all results. What hardware would leave undefined (memory outside every array, a bulk copy of a wrong size, a barrier
+nobody will complete) is an error here; shared memory that nobody wrote holds a pattern that spoils results.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.np.numpy_support import as_dtype
+from greenlet import getcurrent
 
-#: Seconds after which a thread that waits is taken to wait for ever.
-PATIENCE = 60.0
-#: Where dynamic shared memory starts: not at a multiple of 1024, as on hardware.
-SHARED_BASE = 16
-#: What shared memory holds before anybody writes it.
-POISON = 0xA5
+from .simulation import SHARED_BASE, Barrier, Block
+from .simulation import block as _block
+from .simulation import warp as _warp
 
-
-class Block:
-    """State of a block that numba's simulator does not have: shared memory, barriers, exchanges between threads."""
-
-    def __init__(self, shared: int) -> None:
-        self.lock = threading.Condition()
-        self.shared = np.full(shared, POISON, np.uint8)
-        self.barriers: dict[int, Barrier] = {}
-        self.meetings: dict[Any, threading.Barrier] = {}
-        self.exchange: dict[Any, dict[int, Any]] = defaultdict(dict)
-        self.arrays: list[tuple[int, np.ndarray]] = []
-        self.failed = False  # a thread has; the others need not wait for it
-
-    def shared_bytes(self, at: int, count: int, align: int) -> np.ndarray:
-        """A view of ``count`` bytes of shared memory."""
-        start = int(at) - SHARED_BASE
-        if int(at) % align:
-            raise ValueError(f"shared memory: address {at} is not a multiple of {align}")
-        if start < 0 or start + count > self.shared.size:
-            raise IndexError(f"shared memory: {count} bytes at {start} of {self.shared.size}")
-        return self.shared[start : start + count]
-
-    def global_bytes(self, at: int, count: int, align: int) -> np.ndarray:
-        """A view of ``count`` bytes of global memory that lie in one of the kernel's arrays."""
-        at = int(at)
-        if at % align:
-            raise ValueError(f"global memory: address is not a multiple of {align}")
-        for start, view in self.arrays:
-            if start <= at and at + count <= start + view.size:
-                return view[at - start : at - start + count]
-        raise IndexError(f"global memory: {count} bytes outside every array")
-
-
-class Barrier:
-    """An mbarrier: completes a phase when the expected arrivals and bytes have come."""
-
-    def __init__(self, count: int) -> None:
-        self.count = self.pending = count
-        self.bytes = 0
-        self.phase = 0
-
-    def settle(self) -> bool:
-        """Start the next phase if this one is complete."""
-        if self.pending or self.bytes:
-            return False
-        self.phase ^= 1
-        self.pending = self.count
-        return True
-
-
-_creation = threading.Lock()
-
-
-def shared_array(shared: Any, shape: int, dtype: Any, alignment: None = None) -> np.ndarray:
-    """numba's `cuda.shared.array`, for `launch.simulate`, with the same rule: an array belongs to the line that asks for it.
-
-    numba's own looks for the array and makes it without a lock, so two threads can end up with one each.
-    """
-    kind = as_dtype(dtype) if isinstance(dtype, types.Type) else np.dtype(dtype)
-    if not shape:  # dynamic shared memory, which everybody shares
-        return shared._dynshared[: shared._dynshared.size // kind.itemsize * kind.itemsize].view(kind)
-    asking = sys._getframe(1)
-    line = (asking.f_code.co_filename, asking.f_lineno)
-    with _creation:
-        if line not in shared._allocations:
-            made = np.empty(shape, kind)
-            made.reshape(-1).view(np.uint8)[:] = POISON
-            shared._allocations[line] = made
-        return shared._allocations[line]
-
-
-class Team:
-    """The threads of a block while they run: how many there are, how many wait in ``syncthreads``, who failed first."""
-
-    def __init__(self, count: int) -> None:
-        self.changed = threading.Condition()
-        self.live, self.waiting, self.round = count, 0, 0
-        self.failed: Any = None
-
-    def _go_on(self) -> None:
-        if self.waiting == self.live:
-            self.waiting, self.round = 0, self.round + 1
-            self.changed.notify_all()
-
-    def wait(self) -> None:
-        """``syncthreads``: until all threads that have not ended are here."""
-        with self.changed:
-            self.waiting += 1
-            mine = self.round
-            self._go_on()
-            self.changed.wait_for(lambda: self.round != mine or self.failed)
-            if self.failed:
-                raise RuntimeError("another thread of the block has failed")
-
-    def leave(self) -> None:
-        """A thread has ended."""
-        with self.changed:
-            self.live -= 1
-            self._go_on()
-
-    def fail(self, block: Block) -> None:
-        """A thread has failed: nobody waits for it."""
-        with self.changed:
-            self.failed = self.failed or threading.current_thread()
-            self.changed.notify_all()
-        with block.lock:
-            block.failed = True
-            block.lock.notify_all()
-            for meeting in block.meetings.values():
-                meeting.abort()
-
-
-def run_block(manager: Any, place: tuple, *arguments: Any) -> None:
-    """`BlockManager.run` of numba's simulator, for `launch.simulate`; raises what the first thread to fail has raised.
-
-    numba's own asks all threads in turn whether they wait, again and again, which takes most of the time that they need.
-    """
-    from numba.cuda.simulator.kernel import BlockThread
-
-    def work() -> None:
-        try:
-            manager._f(*arguments)
-        except Exception:
-            team.fail(_block())
-            raise
-        finally:
-            team.leave()
-
-    threads = [BlockThread(work, manager, place, at, manager._debug) for at in np.ndindex(*manager._block_dim)]
-    team = manager.qoqlab_team = Team(len(threads))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if team.failed:
-        error, trace = team.failed.exception
-        raise error.with_traceback(trace)
-
-
-def syncthreads(thread: Any) -> None:
-    """`BlockThread.syncthreads` of numba's simulator, for `launch.simulate`."""
-    thread._manager.qoqlab_team.wait()
-
-
-def _block() -> Block:
-    manager: Any = threading.current_thread()._manager  # type: ignore[attr-defined]
-    if not hasattr(manager, "qoqlab_block"):
-        with _creation:
-            if not hasattr(manager, "qoqlab_block"):
-                from numba.cuda.simulator.kernel import _get_kernel_context
-
-                manager.qoqlab_block = Block(_get_kernel_context().shared.array(0, np.dtype(np.uint8)).size)
-    return manager.qoqlab_block
-
-
-def _thread() -> int:
-    return threading.current_thread().thread_id  # type: ignore[attr-defined]
-
-
-def _meet(key: Any, count: int) -> None:
-    block = _block()
-    meeting = block.meetings.get(key)
-    if meeting is None:
-        with block.lock:
-            meeting = block.meetings.setdefault(key, threading.Barrier(count))
-            if block.failed:
-                meeting.abort()
-    if meeting.parties != count:
-        raise ValueError(f"barrier {key}: {count} threads here, {meeting.parties} elsewhere")
-    try:
-        meeting.wait(PATIENCE)
-    except threading.BrokenBarrierError:
-        raise RuntimeError(f"barrier {key}: {count} threads never met") from None
-
-
-def _warp(values: tuple, compute: Callable[[list], list]) -> Any:
-    """All 32 lanes bring ``values``; lane 0 computes the list of results; every lane takes its own."""
-    block, thread = _block(), _thread()
-    warp, lane = thread // 32, thread % 32
-    box = block.exchange[warp]
-    box[lane] = values
-    _meet(("warp", warp), 32)
-    if lane == 0:
-        box[32] = compute([box[k] for k in range(32)])
-    _meet(("warp", warp), 32)
-    return box[32][lane]  # nobody replaces it before all lanes have brought their next values
+#: Where the shared memory of a cluster's blocks lies for each other: block r's at ``(r + 1) * WINDOW``.
+WINDOW = 1 << 24
 
 
 def nothing(*_: Any) -> None:
     """An instruction without an effect that a program could see."""
-
-
-def no_cluster(*_: Any) -> Any:
-    """An instruction that only kernels with clusters of blocks run; `launch.simulate` refuses those beforehand."""
-    raise RuntimeError("cluster: the simulator runs one block at a time")
 
 
 # -- addresses and plain memory -------------------------------------------------------------------------------------------
@@ -230,9 +31,8 @@ def no_cluster(*_: Any) -> Any:
 def address(array: Any) -> np.uint64:
     data = array._item._ary if hasattr(array, "_item") else array
     block, start = _block(), data.ctypes.data
-    with block.lock:
-        if all(start != known for known, _ in block.arrays):
-            block.arrays.append((start, data.reshape(-1).view(np.uint8)))
+    if all(start != known for known, _ in block.arrays):
+        block.arrays.append((start, data.reshape(-1).view(np.uint8)))
     return np.uint64(start)
 
 
@@ -301,11 +101,9 @@ def wait_until_set(at: int) -> None:
 
 
 def atomic_inc(at: int) -> np.uint32:
-    block = _block()
-    with block.lock:
-        word = block.global_bytes(at, 4, 4).view(np.uint32)
-        before = np.uint32(word[0])
-        word[0] = before + 1
+    word = _block().global_bytes(at, 4, 4).view(np.uint32)
+    before = np.uint32(word[0])
+    word[0] = before + 1
     return before
 
 
@@ -484,93 +282,144 @@ def shuffle_up(value: Any, by: Any) -> np.int32:
 
 
 def warp_barrier() -> None:
-    _meet(("warp", _thread() // 32), 32)
+    _warp((), lambda lanes: [None] * 32)
 
 
 # -- barriers and copies --------------------------------------------------------------------------------------------------
 
 
-def _barrier(at: int) -> Barrier:
-    barriers = _block().barriers
-    if int(at) not in barriers:
+def _barrier(block: Block, at: int) -> Barrier:
+    if int(at) not in block.barriers:
         raise RuntimeError(f"mbarrier at {int(at) - SHARED_BASE}: used before it was initialised")
-    return barriers[int(at)]
+    return block.barriers[int(at)]
 
 
-def _settle(block: Block, barrier: Barrier) -> None:
-    if barrier.pending < 0 or barrier.bytes < 0:
-        raise RuntimeError("mbarrier: more arrivals or bytes than expected")
-    if barrier.settle():
-        block.lock.notify_all()
+def _settle(block: Block, at: int) -> None:
+    """Start the next phase of a barrier if this one is complete."""
+    barrier = _barrier(block, at)
+    if barrier.pending < 0:
+        raise RuntimeError("mbarrier: more arrivals than expected")
+    if not barrier.pending and not barrier.bytes:
+        barrier.phase ^= 1
+        barrier.pending = barrier.count
+        block.wake(("mbarrier", int(at)))
+
+
+def _arrive(block: Block, at: int) -> None:
+    barrier = _barrier(block, at)
+    barrier.pending -= 1
+    if barrier.bytes < 0:
+        raise RuntimeError("mbarrier: more bytes than expected")
+    _settle(block, at)
 
 
 def barrier_init(at: int, count: Any) -> None:
     block = _block()
     block.shared_bytes(at, 8, 8)
-    with block.lock:
-        block.barriers[int(at)] = Barrier(int(count))
+    block.barriers[int(at)] = Barrier(int(count))
 
 
 def barrier_expect(at: int, count: Any) -> None:
-    block = _block()
-    with block.lock:
-        barrier = _barrier(at)
-        barrier.bytes += int(count)
-        barrier.pending -= 1
-        if barrier.pending < 0:
-            raise RuntimeError("mbarrier: more arrivals than expected")
-        if barrier.settle():
-            block.lock.notify_all()
+    barrier = _barrier(_block(), at)
+    barrier.bytes += int(count)
+    barrier.pending -= 1
+    _settle(_block(), at)
 
 
 def barrier_arrive(at: int) -> None:
-    block = _block()
-    with block.lock:
-        barrier = _barrier(at)
-        barrier.pending -= 1
-        _settle(block, barrier)
+    _arrive(_block(), at)
 
 
 def barrier_arrive_at(at: int, rank: Any) -> None:
-    if int(rank):
-        no_cluster()
-    barrier_arrive(at)
+    _arrive(_neighbour(rank), at)
 
 
 def barrier_wait(at: int, parity: Any) -> None:
     block = _block()
-    with block.lock:
-        barrier = _barrier(at)
-        if not block.lock.wait_for(lambda: barrier.phase != int(parity) or block.failed, PATIENCE) or block.failed:
-            raise RuntimeError(f"mbarrier at {int(at) - SHARED_BASE}: phase {int(parity)} never completed")
+    while _barrier(block, at).phase == int(parity):
+        block.wait(("mbarrier", int(at)))
 
 
 barrier_wait_cluster = barrier_wait
 barrier_fence = nothing
 
 
-def bulk_load(to: int, source: int, count: Any, at: int) -> None:
-    block, size = _block(), int(count)
+def _bulk_load(block: Block, to: int, source: int, count: Any, at: int) -> None:
+    size = int(count)
     if size % 16 or size <= 0:
         raise ValueError(f"bulk copy: {size} bytes; a positive multiple of 16 is needed")
-    block.shared_bytes(to, size, 16)[:] = block.global_bytes(source, size, 16)
-    with block.lock:
-        barrier = _barrier(at)
-        barrier.bytes -= size
-        # bytes may be reported before they are announced; only a completed sum counts
-        if barrier.settle():
-            block.lock.notify_all()
+    block.shared_bytes(to, size, 16)[:] = _block().global_bytes(source, size, 16)
+    _barrier(block, at).bytes -= size  # bytes may be reported before they are announced; only a completed sum counts
+    _settle(block, at)
 
 
-cluster_sync = nothing
+def bulk_load(to: int, source: int, count: Any, at: int) -> None:
+    _bulk_load(_block(), to, source, count, at)
 
 
-bulk_load_multicast = cluster_rank = cluster_index = cluster_count = no_cluster
-cluster_arrive = cluster_wait = map_shared = sts4_remote = no_cluster
+def bulk_load_multicast(to: int, source: int, count: Any, at: int, mask: Any) -> None:
+    for rank in range(int(mask).bit_length()):
+        if int(mask) >> rank & 1:
+            _bulk_load(_neighbour(rank), to, source, count, at)
+
+
+# -- clusters -------------------------------------------------------------------------------------------------------------
+
+
+def _neighbour(rank: Any) -> Block:
+    """A block of this cluster; its memory is gone when it has ended."""
+    blocks = _block().cluster.blocks
+    if int(rank) >= len(blocks):
+        raise IndexError(f"cluster: block {int(rank)} of {len(blocks)}")
+    if not blocks[int(rank)].live:
+        raise RuntimeError(f"cluster: block {int(rank)} has ended")
+    return blocks[int(rank)]
+
+
+def cluster_rank() -> np.uint32:
+    block = _block()
+    return np.uint32(block.cluster.blocks.index(block))
+
+
+def cluster_index() -> np.uint32:
+    block = _block()
+    return np.uint32(block.place[0] // len(block.cluster.blocks))
+
+
+def cluster_count() -> np.uint32:
+    block = _block()
+    return np.uint32(block.grid[0] // len(block.cluster.blocks))
+
+
+def cluster_arrive() -> None:
+    thread: Any = getcurrent()
+    thread.block.cluster.arrive(thread)
+
+
+def cluster_wait() -> None:
+    thread: Any = getcurrent()
+    thread.block.cluster.finish(thread)
+
+
+def cluster_sync() -> None:
+    cluster_arrive()
+    cluster_wait()
+
+
+def map_shared(at: int, rank: Any) -> np.uint32:
+    return np.uint32(WINDOW * (int(rank) + 1) + int(at))
+
+
+def sts4_remote(at: int, *values: Any) -> None:
+    rank, place = divmod(int(at), WINDOW)
+    _neighbour(rank - 1).shared_bytes(place, 16, 16).view(np.uint32)[:] = values
+
+
+# -- barriers of threads --------------------------------------------------------------------------------------------------
 
 
 def named_barrier(number: Any, threads: Any) -> None:
-    _meet(("named", int(number)), int(threads))
+    _block().meet(("named barrier", int(number), int(threads)), int(threads))
 
 
 allow_next_kernel = wait_for_previous_kernel = nothing

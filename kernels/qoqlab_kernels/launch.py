@@ -251,20 +251,10 @@ def capture_id() -> int:
 
 def simulate(program: Program, grid: tuple[int, int, int], arguments: Sequence[torch.Tensor | int]) -> None:
     """Run a program in numba's CUDA simulator on CPU tensors (``NUMBA_ENABLE_CUDASIM=1`` before numba is imported)."""
-    if program.cluster > 1:
-        raise ValueError(f"cluster: {program.cluster}; the simulator runs one block at a time, take 1")
     call = [v.detach().reshape(-1).numpy() if isinstance(v, torch.Tensor) else np.uint32(v) for v in arguments]
-    from numba.cuda.simulator.kernel import BlockManager, BlockThread
-    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+    from . import simulation
 
-    from . import emulation
-
-    with (
-        warnings.catch_warnings(),
-        mock.patch.object(FakeCUDAShared, "array", emulation.shared_array),
-        mock.patch.object(BlockManager, "run", emulation.run_block),
-        mock.patch.object(BlockThread, "syncthreads", emulation.syncthreads),
-    ):
+    with warnings.catch_warnings(), simulation.running(program.cluster, program.shared):
         # idle threads compute with memory that nobody wrote; integers wrap around, as on the GPU
         warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)
         cuda.jit(program.function)[grid, program.threads, 0, program.shared](*call)

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -59,15 +58,13 @@ class Counter:
     def __init__(self, **arrays: Any) -> None:
         self.places = {name: (a.ctypes.data, a.ctypes.data + a.nbytes) for name, a in arrays.items()}
         self.reads, self.bytes = dict.fromkeys(arrays, 0), dict.fromkeys(arrays, 0)
-        self._lock = threading.Lock()
 
     def see(self, address: int, size: int) -> None:
-        """Note a read of ``size`` bytes; the simulator's threads come at the same time."""
+        """Note a read of ``size`` bytes."""
         for name, (start, end) in self.places.items():
             if start <= address < end:
-                with self._lock:
-                    self.reads[name] += 1
-                    self.bytes[name] += size
+                self.reads[name] += 1
+                self.bytes[name] += size
 
 
 def watched(program: Any, grid: tuple[int, int, int], arguments: list[Any]) -> Counter:
@@ -76,12 +73,12 @@ def watched(program: Any, grid: tuple[int, int, int], arguments: list[Any]) -> C
     from numba import cuda
     from numba.cuda.simulator.cudadrv.devicearray import FakeWithinKernelCUDAArray
 
-    from . import emulation
+    from . import simulation
 
     # device arrays are passed on as they are, so their addresses are known beforehand
     call = [cuda.to_device(v.reshape(-1).numpy()) if isinstance(v, torch.Tensor) else v for v in arguments]
     counter = Counter(weight=call[0]._ary, activation=call[1]._ary)
-    item, block = FakeWithinKernelCUDAArray.__getitem__, emulation.Block.global_bytes
+    item, block = FakeWithinKernelCUDAArray.__getitem__, simulation.Block.global_bytes
 
     def element(self: Any, at: Any) -> Any:
         array = self._item._ary
@@ -94,8 +91,9 @@ def watched(program: Any, grid: tuple[int, int, int], arguments: list[Any]) -> C
         return block(self, at, size, align)
 
     with (
+        simulation.running(program.cluster, program.shared),
         mock.patch.object(FakeWithinKernelCUDAArray, "__getitem__", element),
-        mock.patch.object(emulation.Block, "global_bytes", words),
+        mock.patch.object(simulation.Block, "global_bytes", words),
     ):
         cuda.jit(program.function)[grid, program.threads, 0, program.shared](*call)
     for tensor, array in zip(arguments, call, strict=True):

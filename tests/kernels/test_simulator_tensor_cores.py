@@ -74,7 +74,16 @@ def test_bad_sums_are_named(simulator: Simulator) -> None:
     }
 
 
-def test_clusters_are_refused(simulator: Simulator) -> None:
-    kind, message = simulator("cluster_case")["raised"]
-    assert kind == "ValueError"
-    assert message == "cluster: 2; the simulator runs one block at a time, take 1"
+@pytest.mark.parametrize(
+    ("plan", "shape", "name"),
+    [
+        ({"cluster": 2, "workers": 1}, (9, 192, 256), "g128"),  # the last cluster has one block with outputs
+        ({"cluster": 2, "workers": 2}, (17, 256, 384), "g64-scaled"),  # clusters share tiles
+        ({"cluster": 4, "workers": 1, "tokens": 32}, (5, 256, 128), "channel"),
+        ({"split": 2}, (9, 96, 384), "g128"),  # an odd number of units
+        ({"split": 4, "warpgroups": 2}, (3, 128, 512), "channel-scaled"),
+    ],
+)
+def test_blocks_of_a_cluster_work_together(simulator: Simulator, plan: dict, shape: tuple, name: str) -> None:
+    """Activations multicast to blocks with other outputs; inputs split over blocks whose sums meet in shared memory."""
+    assert run(simulator, "v5", shape, name, {"tokens": 16, "stages": 2, **plan}) == GOOD
