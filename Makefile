@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "qoqlab needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lab,app,test,browser,kernels]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[lab,app,test,browser,kernels]'
 	@touch $@
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
