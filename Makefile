@@ -5,6 +5,8 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 VENV   ?= .venv
+# make EXTRAS=lab,test installs less; CI adds ray,eval,compressed, with which no test is skipped for want of a package
+EXTRAS ?= lab,app,test,browser,kernels
 BIN     = $(VENV)/bin
 # OpenMP threads that spin while they wait make short operations crawl on a busy machine
 export OMP_WAIT_POLICY = passive
@@ -14,7 +16,8 @@ $(VENV)/.installed: pyproject.toml
 	  { echo "qoqlab needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a few minutes the first time) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[lab,app,test,browser,kernels]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -c "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
 	@touch $@
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it

@@ -132,10 +132,9 @@ def lm_eval(
     try:
         import lm_eval as harness
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f'lm_eval: needs the lm-evaluation-harness; pip install "qoqlab[eval]" ({error})') from None
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _task_manager(names, include_path)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         raise ValueError(f"tasks: {unknown[0]!r} is neither a task of the harness nor one of {include_path}")
@@ -153,6 +152,19 @@ def lm_eval(
                 stderr = pd.to_numeric(values.get(f"{metric}_stderr,{filtered}"), errors="coerce")
                 rows.append({"task": task, "metric": metric, "filter": filtered, "value": value, "stderr": stderr})
     return pd.DataFrame(rows, columns=["task", "metric", "filter", "value", "stderr"]).astype({"stderr": float})
+
+
+def _task_manager(names: list[str], include_path: str | os.PathLike[str] | None) -> Any:
+    """A task manager that knows the folder's tasks, and the harness's own unless the folder's are enough: reading thousands
+    of task files takes it longer than many an evaluation."""
+    from lm_eval.tasks import TaskManager
+
+    folder = None if include_path is None else str(include_path)
+    if folder is not None:
+        alone = TaskManager(include_path=folder, include_defaults=False)
+        if set(names) <= set(alone.all_subtasks):  # groups may name tasks of the harness
+            return alone
+    return TaskManager(include_path=folder)
 
 
 def _tokenizer_of(network: nn.Module) -> Any:
