@@ -36,19 +36,30 @@ def search_output_error(weight: torch.Tensor, inputs: torch.Tensor, form: Weight
     chosen = []
     for group in form.slices(weight.shape[1]):
         part, part_factor = weight[:, group], factor[:, group]
-        best, picked, kept = part.new_full((len(weight),), torch.inf), part.new_ones(len(weight)), left
+        # the group only changes the output error within the space of its columns, few against those of a wide layer
+        basis, root = _basis(part_factor)
+        inside = left if basis is None else basis.T @ left
+        best, picked, kept = part.new_full((len(weight),), torch.inf), part.new_ones(len(weight)), torch.zeros_like(part.T)
         for ratio, scales in candidates:
-            after = left + part_factor @ (scales.decode(scales.encode(part, group), group) - part).T
+            change = (scales.decode(scales.encode(part, group), group) - part).T
             if ratio == 1:
-                unclipped = unclipped + (after - left)
-            error = after.square().sum(0)
+                unclipped = unclipped + part_factor @ change
+            error = (inside + root @ change).square().sum(0)
             better = error < best
             best, picked = torch.where(better, error, best), torch.where(better, ratio, picked)
-            kept = torch.where(better, after, kept)
-        left = kept
+            kept = torch.where(better, change, kept)
+        left = left + part_factor @ kept
         chosen.append(picked)
     worse = left.square().sum(0) > unclipped.square().sum(0) if ratios[0] == 1 else best.isnan()
     return torch.where(worse[:, None], 1.0, torch.stack(chosen, 1))
+
+
+def _basis(factor: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """``factor = basis @ root`` with orthonormal columns; None stands for the identity, where nothing would be gained."""
+    if factor.shape[0] <= factor.shape[1]:
+        return None, factor
+    basis, root = torch.linalg.qr(factor)
+    return basis, root
 
 
 def search_block_error(error: Callable[[float], float], ratios: list[float]) -> float:
