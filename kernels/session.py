@@ -226,6 +226,23 @@ def check_new_tokens() -> list[str]:
         own = (seen, lse, query, key, qkv[:, heads + kv_heads :])
         if not same(qk.attend_own_s8(*own), reference.attend_own_s8(*own)):
             failures.append(f"attend_own_s8, head_dim {dim}: not the reference's bits")
+        # a prompt at positions of its own, then a token behind it while attention fetches the prompt's pages
+        for sequence in sequences:
+            cache.free(sequence)
+        sequence, tokens = cache.open(), 70
+        cache.grow({sequence: tokens + 1})
+        cache.lengths[0, sequence] = tokens
+        angles = torch.randn(tokens + 1, dim // 2, device="cuda")
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        rows = torch.randn(tokens + 1, (heads + 2 * kv_heads) * dim, device="cuda", dtype=dtype)
+        places = torch.arange(tokens + 1, dtype=torch.int32, device="cuda")
+        numbers = torch.full_like(places, sequence)
+        qk.rope_kv4_append(cache, 0, numbers[:-1], rows[:-1], cos, sin, places[:-1])
+        query, _ = qk.rope_kv4_append(cache, 0, numbers[-1:], rows[-1:], cos, sin, places[-1:])
+        early = qk.kv4_attention(query, cache, 0, numbers[-1:], lse=True, settled=True)
+        late = qk.kv4_attention(query, cache, 0, numbers[-1:], lse=True)
+        if not all(map(torch.equal, early, late)) or not early[0].isfinite().all():
+            failures.append(f"kv4_attention, head_dim {dim}: settled pages give another result")
     return failures
 
 
