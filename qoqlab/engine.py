@@ -189,8 +189,11 @@ class Engine:
     """A compiled model: `prefill` prompts, `decode` a token for each of a batch of sequences, `free` them; or `generate`.
 
     ``max_batch`` sequences at a time of at most ``max_tokens`` tokens each, prompt included. ``lengths``: tokens of every
-    open sequence. On a GPU a step is a captured graph, one for each `step_size`, made at its first use.
+    open sequence. ``alone``: no other process has a part in its calls. On a GPU a step is a captured graph, one for each
+    `step_size`, made at its first use. A call that raises leaves every sequence as long as it was.
     """
+
+    alone = True
 
     def __init__(
         self,
@@ -263,17 +266,18 @@ class Engine:
         sequences, counts = [self.attend.open() for _ in ids], [len(prompt) for prompt in ids]
         try:
             self.attend.reserve(sequences, counts)
+            batch = batch_of(sequences, counts, [0] * len(ids), self.device)
+            with sdpa_kernel(ALONE):
+                y, residual = self._hidden(torch.cat(ids).to(self.device), batch, prompt=True)
+            last = torch.tensor(counts).cumsum(0).sub(1).to(self.device)
+            logits = self._logits(y[last], residual[last]).float()
+            self.attend.advance(batch)
         except BaseException:
             for sequence in sequences:
                 self.attend.free(sequence)
             raise
-        batch = batch_of(sequences, counts, [0] * len(ids), self.device)
-        with sdpa_kernel(ALONE):
-            y, residual = self._hidden(torch.cat(ids).to(self.device), batch, prompt=True)
-        self.attend.advance(batch)
         self.lengths |= dict(zip(sequences, counts, strict=True))
-        last = torch.tensor(counts).cumsum(0).sub(1).to(self.device)
-        return sequences, self._logits(y[last], residual[last]).float()
+        return sequences, logits
 
     def _checked(self, prompt: Sequence[int] | torch.Tensor) -> torch.Tensor:
         ids = torch.as_tensor(prompt)
@@ -335,7 +339,7 @@ class Engine:
         self.attend.reserve(sequences, [start + steps for start in starts])
         ids = ids.to(self.device).long()
         draws = draws_of(samplings, self.vocabulary, self.device)
-        found, spoilt = [], []
+        found, spoilt, done = [], [], []
         captured = self.device.type == "cuda" and self.attend.idle is not None
         batch = batch_of(sequences, [1] * len(starts), starts, self.device)
         for _ in range(steps):
@@ -346,8 +350,10 @@ class Engine:
             ids, bad = choose(logits, draws, batch.positions + 1)
             found.append(ids)
             spoilt.append(bad)
-            self.attend.advance(batch)
+            done.append(batch)
             batch = batch.next()
+        for batch in done:
+            self.attend.advance(batch)
         for sequence in sequences:
             self.lengths[sequence] += steps
         return torch.stack(found), torch.stack(spoilt)

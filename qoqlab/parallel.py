@@ -345,6 +345,8 @@ class ParallelEngine(Engine):
     Its calls raise RuntimeError naming the group where another rank is lost; the engine is of no use after that.
     """
 
+    alone = False
+
     def __init__(self, network: Network, ops: Ops, attend: Attention, limits: tuple[int, int], ranks: Ranks) -> None:
         super().__init__(network, ops, attend, limits)
         self.ranks = ranks

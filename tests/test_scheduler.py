@@ -27,6 +27,8 @@ def checked(scheduler):
         known = len(progress.request.prompt) + len(progress.tokens)
         assert scheduler.limits.pages_of(progress.cached) <= count <= scheduler.limits.pages_of(known + 1)
     assert all(not scheduler.pages_of(progress.number) for progress in scheduler.waiting)
+    for line in (scheduler.running, scheduler.waiting):
+        assert [progress.number for progress in line] == sorted(progress.number for progress in line), "who came first"
 
 
 requests = st.builds(
@@ -55,7 +57,8 @@ def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(trace
     for count, (step, ended) in enumerate(replay(trace, scheduler, after, most)):
         assert count < 2000, "somebody starves"
         checked(scheduler)
-        assert len(step.decode) + len(step.prefill) <= batch and not set(step.prefill) & set(step.decode)
+        assert len(step.decode) + len(step.prefill) <= batch
+        assert not set(step.prefill) & {*step.decode, *step.preempted} and not set(step.preempted) & set(step.decode)
         taken = [len(all_requests[number].request.prompt) for number in step.prefill]
         assert (len(taken) <= 1 or sum(taken) <= budget) and step.repeat <= (1 if taken else most)
         started += [number for number in step.prefill if number not in started]
@@ -92,6 +95,16 @@ def test_the_last_comer_is_preempted_and_computed_again():
     assert len(steps) == again + 1 + 7  # all tokens but the last are fed, those from before again
 
 
+def test_who_was_preempted_comes_before_who_still_waits():
+    scheduler = Scheduler(Limits(2, 3, 12, PAGE))
+    for _ in range(4):
+        scheduler.submit(Request((1, 2, 3), 8))
+    while not (step := scheduler.plan()).preempted:
+        scheduler.complete(step, {n: [1] for n in (*step.prefill, *step.decode)})
+    checked(scheduler)
+    assert step.preempted == (1,) and [progress.number for progress in scheduler.waiting] == [1, 2, 3]
+
+
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=8),
     st.booleans(),
@@ -118,15 +131,53 @@ def test_a_prompt_never_overtakes_an_earlier_one():
     assert scheduler.plan() == Step(prefill=(0,)), "13 tokens do not fit beside 9, and the third request waits for them"
 
 
+def test_a_page_stays_free_for_each_running_request():
+    """Else the next token of one that runs would throw the newcomer out at once."""
+    for pages, together in ((4, False), (5, True)):
+        scheduler = Scheduler(Limits(3, pages, 12, PAGE))
+        for length in (7, 5):
+            scheduler.submit(Request((1,) * length, 3))
+        assert scheduler.plan().prefill == ((0, 1) if together else (0,))
+
+
+@pytest.mark.parametrize("policy", Policy)
+@pytest.mark.parametrize("most", [1, 8])
+def test_prompts_that_never_end_hold_nobody_up(policy, most):
+    """Somebody comes before every step. All who waited at the last decode go first, then everybody decodes a token."""
+    scheduler = Scheduler(Limits(8, 64, 32, PAGE), policy)
+    long = scheduler.submit(Request((1,) * 3, 20))
+    steps = 0
+    while long.finish is None:
+        scheduler.submit(Request((1,), 1))
+        step = scheduler.plan(most)
+        scheduler.complete(step, {n: [1] * step.repeat for n in (*step.prefill, *step.decode)})
+        steps += 1
+        assert steps <= 40, "a prefill and a decode for each of 20 tokens"
+    if policy is Policy.PREFILL_FIRST:
+        assert steps > 20, "newcomers wait for one step, not for a turn"
+
+
+def test_whoever_waited_is_taken_in_before_the_next_decode():
+    scheduler = Scheduler(Limits(8, 64, 32, PAGE, budget=4))
+    for _ in range(3):
+        scheduler.submit(Request((1,) * 4, 9))
+    assert [take_step(scheduler) for _ in range(4)] == [((0,), ()), ((1,), ()), ((2,), ()), ((), (0, 1, 2))]
+    scheduler.submit(Request((1,) * 4, 9))
+    assert [take_step(scheduler) for _ in range(3)] == [((), (0, 1, 2)), ((3,), ()), ((), (0, 1, 2, 3))]
+
+
+def take_step(scheduler):
+    """What the next step prefills and decodes; every request gets a 1."""
+    step = scheduler.plan()
+    scheduler.complete(step, {n: [1] for n in (*step.prefill, *step.decode)})
+    return step.prefill, step.decode
+
+
 def test_budget_decodes_and_prefills_in_one_step():
     scheduler = Scheduler(Limits(4, 40, 32, PAGE, budget=6), Policy.BUDGET)
     for length in (4, 9, 3, 3, 1):
         scheduler.submit(Request(tuple(range(length)), 9))
-    seen = []
-    for _ in range(4):
-        step = scheduler.plan()
-        seen.append((step.prefill, step.decode))
-        scheduler.complete(step, {n: [1] for n in (*step.prefill, *step.decode)})
+    seen = [take_step(scheduler) for _ in range(4)]
     assert seen == [((0,), ()), ((1,), (0,)), ((2, 3), (0, 1)), ((), (0, 1, 2, 3))]
 
 
@@ -163,9 +214,11 @@ def test_a_trace_repeats(tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     runs = [[step for step, _ in replay(read_trace(path), Scheduler(Limits(2, 4, 8, PAGE)), after)] for _ in range(2)]
     assert runs[0] == runs[1] and runs[0][0] == Step(prefill=(0,))
-    path.write_text(path.read_text() + '\n{"at": 1}', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 4 is no event"):
-        read_trace(path)
+    good = path.read_text()
+    for bad in ('{"at": 1}', '{"at": "x", "cancel": 0}', '{"at": 1, "cancel": -1}', '{"at": -1, "prompt": [1]}', "[]"):
+        path.write_text(f"{good}\n{bad}", encoding="utf-8")
+        with pytest.raises(ValueError, match="line 4 is no event"):
+            read_trace(path)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +228,15 @@ def test_a_trace_repeats(tmp_path):
         (lambda: Request((1, -2), 1), "prompt: token -2"),
         (lambda: Request((1,), 0), "max_new_tokens"),
         (lambda: Request((1,), 1, arrival=-1.0), "arrival"),
+        (lambda: Request((1,), 1, arrival=float("nan")), "arrival"),
+        (lambda: Request((1,), 1, arrival="x"), "arrival: expected a number of seconds, got 'x'"),
+        (lambda: Request("abc", 1), "prompt: expected token numbers, integers, got 'abc'"),
+        (lambda: Request((1.7,), 1), "prompt: expected token numbers"),
+        (lambda: Request(5, 1), "prompt: expected token numbers, integers, got 5"),
+        (lambda: Request((1,), 1, stop=5), "stop: expected token numbers"),
+        (lambda: Request((1,), 1, stop={"a"}), "stop: expected token numbers"),
+        (lambda: Request((1,), 1, on_token=3), "on_token: expected a function"),
+        (lambda: Scheduler(Limits(1, 1, 1)).submit((1, 2)), "request: expected a Request"),
         (lambda: Limits(0, 1, 1), "batch"),
         (
             lambda: Scheduler(Limits(1, 2, 99, PAGE)).submit(Request((1,) * 8, 2)),

@@ -2,9 +2,9 @@
 
 Requests wait in the order in which they came. One is admitted when all its tokens and one more fit into free pages, and
 another free page remains for each running request, so that it is not thrown out at once; and never before one that came
-earlier. A running request takes a page when it grows beyond its last; where none is free, the
-request that came last loses its pages and waits at the front of the queue until it is computed again (paper section 5: paged
-KV cache, in-flight batching).
+earlier. A running request takes a page when it grows beyond its last; where none is free, the request that came last loses
+its pages and waits at the front of the queue until it is computed again (paper section 5: paged KV cache, in-flight
+batching). Prompts that keep coming do not hold running requests up: one that came after the last decode waits for the next.
 
 Prompts are taken in whole. A prompt attends to its exact keys and values, which only its own step has; the cache holds their
 4-bit codes. `Policy.BUDGET` therefore limits how many tokens of prompts a step takes beside its decodes, but does not cut a
@@ -27,8 +27,9 @@ from .requests import Finish, Progress, Request
 
 
 class Policy(Enum):
-    """PREFILL_FIRST: as soon as a waiting prompt fits, a step takes in prompts alone. BUDGET: every step decodes, and takes
-    in prompts beside as far as the budget of tokens goes, so that running requests wait less."""
+    """PREFILL_FIRST: as soon as a waiting prompt fits, a step takes in prompts alone; after those that waited at the last
+    decode comes a decode. BUDGET: every step decodes, and takes in prompts beside as far as the budget of tokens goes, so
+    that running requests wait less."""
 
     PREFILL_FIRST = "prefill first"
     BUDGET = "budget"
@@ -80,9 +81,10 @@ class Scheduler:
         self.limits, self.policy = limits, policy
         self.allocator = PageAllocator(limits.pages)
         self.waiting: deque[Progress] = deque()
-        self.running: list[Progress] = []  # in the order in which they came
+        self.running: list[Progress] = []  # in the order in which they came, as whoever is preempted came last
         self._pages: dict[int, list[int]] = {}
         self._count = 0
+        self._known = 0  # requests that had come when running ones last decoded, or when none ran
 
     @property
     def idle(self) -> bool:
@@ -94,7 +96,17 @@ class Scheduler:
         return list(self._pages.get(number, ()))
 
     def submit(self, request: Request) -> Progress:
-        """Put a request at the end of the queue. Raises ValueError for one that can never run."""
+        """Put a request at the end of the queue. Raises as `check` does."""
+        self.check(request)
+        progress = Progress(self._count, request)
+        self._count += 1
+        self.waiting.append(progress)
+        return progress
+
+    def check(self, request: Request) -> None:
+        """Raise TypeError for what is no request, ValueError for one that can never run."""
+        if not isinstance(request, Request):
+            raise TypeError(f"request: expected a Request, got {request!r}")
         limits, total = self.limits, len(request.prompt) + request.max_new_tokens - 1
         if total > limits.max_tokens or limits.pages_of(total) > limits.pages:
             raise ValueError(
@@ -102,10 +114,6 @@ class Scheduler:
                 f"places in the cache; there are {limits.max_tokens} for a request and {limits.pages} pages of "
                 f"{limits.page_size} tokens"
             )
-        progress = Progress(self._count, request)
-        self._count += 1
-        self.waiting.append(progress)
-        return progress
 
     def cancel(self, progress: Progress) -> bool:
         """End a request wherever it is; False if it has ended before."""
@@ -127,16 +135,21 @@ class Scheduler:
     def plan(self, most: int = 1) -> Step | None:
         """The next step; None where nothing waits or runs. Its pages are reserved. Where no prompt comes in and every
         running request has so many tokens and pages left, it decodes up to ``most`` tokens in a row."""
-        if self.policy is Policy.PREFILL_FIRST:
-            admitted = self._admit()
+        first = self.policy is Policy.PREFILL_FIRST
+        if not self.running:
+            self._known = self._count
+        if first:
+            admitted = self._admit(self._known)
             if admitted:
                 return Step(prefill=tuple(p.number for p in admitted))
+        held_up = first and bool(self.waiting) and self.waiting[0].number >= self._known
+        self._known = self._count
         preempted = self._grow()
         decode = tuple(p.number for p in self.running)
-        admitted = self._admit() if self.policy is Policy.BUDGET and not preempted else []
+        admitted = [] if first else self._admit(self._count)  # never who was preempted just now: its pages are one too few
         if not decode and not admitted:
             return None
-        repeat = 1 if admitted else self._repeat(most)
+        repeat = 1 if admitted or held_up else self._repeat(most)
         return Step(tuple(p.number for p in preempted), tuple(p.number for p in admitted), decode, repeat)
 
     def _repeat(self, most: int) -> int:
@@ -154,12 +167,15 @@ class Scheduler:
             most -= 1
         return 1
 
-    def _admit(self) -> list[Progress]:
-        """Requests from the front of the queue that fit, now running, with pages for what they have and one token more."""
+    def _admit(self, before: int) -> list[Progress]:
+        """Requests from the front of the queue with numbers below ``before`` that fit, now running, with pages for what they
+        have and one token more."""
         admitted: list[Progress] = []
         tokens = 0
         while self.waiting and len(self.running) < self.limits.batch:
             first = self.waiting[0]
+            if first.number >= before:
+                break
             prompt, new = len(first.request.prompt), len(first.tokens) + 1
             need = self.limits.pages_of(prompt + min(new, first.request.max_new_tokens - 1))
             if need + len(self.running) > self.allocator.free or (admitted and tokens + prompt > self.limits.budget):
@@ -169,7 +185,6 @@ class Scheduler:
             self.running.append(progress)
             admitted.append(progress)
             tokens += prompt
-        self.running.sort(key=lambda p: p.number)
         return admitted
 
     def _grow(self) -> list[Progress]:
@@ -244,6 +259,11 @@ class Event:
     at: int
     request: Request | None = None
     cancel: int | None = None
+
+    def __post_init__(self) -> None:
+        require_count("at", self.at, 0)
+        if self.cancel is not None:
+            require_count("cancel", self.cancel, 0)
 
 
 def read_trace(path: Path) -> list[Event]:

@@ -14,7 +14,7 @@ import torch
 from ..checks import require_count
 from ..engine import Engine
 from ..paged import PAGE
-from ..sampling import choose, draws_of
+from ..sampling import Sampling, choose, draws_of
 from .requests import Finish, Progress, Request
 from .scheduler import Failure, Limits, Policy, Scheduler, Step
 
@@ -29,6 +29,11 @@ class Server:
     Python's work is shared among them; tokens are handed out in turns of so many, a new request waits for the end of a turn,
     and what follows a stop token in its turn is computed for nothing.
 
+    A request's tokens are a function of its logits, and on the CPU these do not depend on what else is served. On a GPU they
+    may in their last bits: attention adds up a long context's parts in an order that depends on the batch, and so does
+    torch's product with the head. A request whose logits are not finite, whose listener raises or whose own part of a step
+    raises ends with `Finish.ERROR`; the others go on. (An engine of several processes raises instead.)
+
     ``requests``: all that were submitted, by number, with their tokens, times (seconds of ``clock`` since the server was
     made) and ends. ``steps``: what every step had to do (sequences decoded, tokens cached for them, tokens of prompts) and
     its seconds in prefill, in decode, and in everything else.
@@ -42,6 +47,8 @@ class Server:
         ahead: int = 8,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if engine.lengths:
+            raise ValueError(f"engine: {len(engine.lengths)} sequences are open in it; a server needs all of its cache")
         limits = Limits(engine.max_batch, engine.pages, engine.max_tokens, PAGE, budget)
         require_count("ahead", ahead, 1)
         self.engine, self.scheduler, self.ahead = engine, Scheduler(limits, policy), ahead
@@ -60,12 +67,20 @@ class Server:
         return self._clock() - self._start
 
     def submit(self, request: Request) -> int:
-        """The request's number. Raises ValueError for a token outside the vocabulary and a request that can never fit."""
-        if max(request.prompt) >= self.engine.vocabulary:
-            raise ValueError(f"prompt: token {max(request.prompt)} is outside 0..{self.engine.vocabulary - 1}")
+        """The request's number. Raises as `check` does."""
+        self.check(request)
         progress = self.scheduler.submit(request)
         self.requests[progress.number] = progress
         return progress.number
+
+    def check(self, request: Request) -> None:
+        """Raise TypeError for what is no request or has a sampling that is none, ValueError for a token outside the
+        vocabulary and a request that can never fit."""
+        self.scheduler.check(request)
+        if max(request.prompt) >= self.engine.vocabulary:
+            raise ValueError(f"prompt: token {max(request.prompt)} is outside 0..{self.engine.vocabulary - 1}")
+        if not isinstance(request.sampling, Sampling | None):
+            raise TypeError(f"sampling: expected a Sampling or None, got {request.sampling!r}")
 
     def cancel(self, number: int) -> bool:
         """End a request; False if it has ended before. Raises ValueError for a number that is no request's."""
@@ -78,7 +93,11 @@ class Server:
         return done
 
     def run(self, requests: Iterable[Request] = ()) -> list[Progress]:
-        """Submit requests as they arrive, step until nothing is left, and return them as they ended."""
+        """Submit requests as they arrive, step until nothing is left, and return them as they ended. Raises as `check` does,
+        before the first is submitted."""
+        requests = list(requests)
+        for request in requests:
+            self.check(request)
         coming = sorted(requests, key=lambda r: r.arrival)
         found = []
         while coming or not self.idle:
@@ -100,19 +119,12 @@ class Server:
         planned = self.now()
         results: Results = {}
         cached = sum(self.requests[number].cached for number in step.decode)
+        prompts = sum(len(self.requests[number].request.prompt) for number in step.prefill)
         if step.prefill:
-            prompts = [self.requests[number].request.prompt for number in step.prefill]
-            sequences, logits = self.engine.prefill(prompts)
-            self._sequences |= dict(zip(step.prefill, sequences, strict=True))
-            results |= self._choose(step.prefill, logits)
+            results |= self._prefill(step.prefill)
         prefilled = self.now()
         if step.decode:
-            sequences = [self._sequences[number] for number in step.decode]
-            inputs = [self.requests[number].next_input for number in step.decode]
-            if step.repeat > 1:
-                results |= self._in_a_row(sequences, inputs, step)
-            else:
-                results |= self._choose(step.decode, self.engine.decode(sequences, inputs))
+            results |= self._decode(step.decode, step.repeat)
         decoded = self.now()
         self._finish(step, results)
         row: dict[str, float] = {
@@ -120,17 +132,43 @@ class Server:
             "repeat": step.repeat,
             "cached": cached,
             "preempted": len(step.preempted),
+            "prompts": prompts,
         }
-        row["prompts"] = sum(len(self.requests[number].request.prompt) for number in step.prefill)
         row |= {"prefill_s": prefilled - planned, "decode_s": decoded - prefilled}
         self.steps.append(row | {"other_s": self.now() - start - (decoded - planned)})
         return True
 
-    def _in_a_row(self, sequences: list[int], inputs: list[int], step: Step) -> Results:
-        """Results of all repetitions of a step."""
-        samplings = [self.requests[number].request.sampling for number in step.decode]
-        tokens, spoilt = self.engine.decode_ahead(sequences, inputs, step.repeat, samplings)
-        return _results(step.decode, tokens, spoilt)
+    def _prefill(self, numbers: tuple[int, ...]) -> Results:
+        """Take prompts in: the first token of each."""
+        try:
+            sequences, logits = self.engine.prefill([self.requests[number].request.prompt for number in numbers])
+        except Exception as error:
+            return self._apart(numbers, error, self._prefill)
+        self._sequences |= dict(zip(numbers, sequences, strict=True))
+        return self._choose(numbers, logits)
+
+    def _decode(self, numbers: tuple[int, ...], repeat: int = 1) -> Results:
+        """The next ``repeat`` tokens of each request; one, if each has to be computed by itself."""
+        sequences = [self._sequences[number] for number in numbers]
+        inputs = [self.requests[number].next_input for number in numbers]
+        try:
+            if repeat > 1:
+                samplings = [self.requests[number].request.sampling for number in numbers]
+                tokens, spoilt = self.engine.decode_ahead(sequences, inputs, repeat, samplings)
+                return _results(numbers, tokens, spoilt)
+            logits = self.engine.decode(sequences, inputs)
+        except Exception as error:
+            return self._apart(numbers, error, self._decode)
+        return self._choose(numbers, logits)
+
+    def _apart(self, numbers: tuple[int, ...], error: Exception, way: Callable[[tuple[int, ...]], Results]) -> Results:
+        """Requests whose part of a step has failed, each by itself, so that one's fault is its own. The engine has not kept
+        anything of the attempt. Where other processes take part, which may not have failed, the error is raised."""
+        if not self.engine.alone:
+            raise error
+        if len(numbers) == 1:
+            return {numbers[0]: [Failure(f"{type(error).__name__}: {error}")]}
+        return {number: found for one in numbers for number, found in way((one,)).items()}
 
     def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor) -> Results:
         """The next token of each request, from ``logits [B, V]``. Of a request that is fed again after a preemption it is
@@ -143,17 +181,17 @@ class Server:
 
     def _finish(self, step: Step, results: Results) -> None:
         """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
-        heard = {n: found for n, found in results.items() if self.requests[n].request.on_token is not None}
+        asked = {number: self.requests[number] for number in results}  # a listener may have the server forget
+        heard = {n: found for n, found in results.items() if asked[n].request.on_token is not None}
         ended = self.scheduler.complete(step, {n: found for n, found in results.items() if n not in heard})
         for turn in range(step.repeat if heard else 0):  # token by token: who listens may cancel before the next one
-            listening = [n for n, found in heard.items() if turn < len(found) and self.requests[n].finish is None]
-            before = [len(self.requests[n].tokens) for n in listening]
+            listening = [n for n, found in heard.items() if turn < len(found) and asked[n].finish is None]
+            before = [len(asked[n].tokens) for n in listening]
             ended += self.scheduler.complete(step, {n: [heard[n][turn]] for n in listening})
             for number, count in zip(listening, before, strict=True):
-                if len(self.requests[number].tokens) > count:
-                    self._tell(self.requests[number], ended)
-        for number in results:
-            progress = self.requests[number]
+                if len(asked[number].tokens) > count:
+                    self._tell(asked[number], ended)
+        for progress in asked.values():
             if progress.tokens and progress.first is None:
                 progress.first = self.now()
         for progress in ended:
