@@ -4,7 +4,8 @@ Requests wait in the order in which they came. One is admitted when all its toke
 another free page remains for each running request, so that it is not thrown out at once; and never before one that came
 earlier. A running request takes a page when it grows beyond its last; where none is free, the request that came last loses
 its pages and waits at the front of the queue until it is computed again (paper section 5: paged KV cache, in-flight
-batching). Prompts that keep coming do not hold running requests up: one that came after the last decode waits for the next.
+batching). Prompts that keep coming do not hold running requests up: one that comes while others are taken in waits for a
+decode.
 
 Prompts are taken in whole. A prompt attends to its exact keys and values, which only its own step has; the cache holds their
 4-bit codes. `Policy.BUDGET` therefore limits how many tokens of prompts a step takes beside its decodes, but does not cut a
@@ -27,8 +28,8 @@ from .requests import Finish, Progress, Request
 
 
 class Policy(Enum):
-    """PREFILL_FIRST: as soon as a waiting prompt fits, a step takes in prompts alone; after those that waited at the last
-    decode comes a decode. BUDGET: every step decodes, and takes in prompts beside as far as the budget of tokens goes, so
+    """PREFILL_FIRST: as soon as a waiting prompt fits, a step takes in prompts alone; after those that waited at the first
+    such step comes a decode. BUDGET: every step decodes, and takes in prompts beside as far as the budget of tokens goes, so
     that running requests wait less."""
 
     PREFILL_FIRST = "prefill first"
@@ -84,7 +85,8 @@ class Scheduler:
         self.running: list[Progress] = []  # in the order in which they came, as whoever is preempted came last
         self._pages: dict[int, list[int]] = {}
         self._count = 0
-        self._known = 0  # requests that had come when running ones last decoded, or when none ran
+        self._known = 0  # requests that had come before the first of the prefills in a row
+        self._decoded = True  # the last step has
 
     @property
     def idle(self) -> bool:
@@ -136,14 +138,15 @@ class Scheduler:
         """The next step; None where nothing waits or runs. Its pages are reserved. Where no prompt comes in and every
         running request has so many tokens and pages left, it decodes up to ``most`` tokens in a row."""
         first = self.policy is Policy.PREFILL_FIRST
-        if not self.running:
+        if self._decoded or not self.running:
             self._known = self._count
         if first:
             admitted = self._admit(self._known)
             if admitted:
+                self._decoded = False
                 return Step(prefill=tuple(p.number for p in admitted))
         held_up = first and bool(self.waiting) and self.waiting[0].number >= self._known
-        self._known = self._count
+        self._decoded = True
         preempted = self._grow()
         decode = tuple(p.number for p in self.running)
         admitted = [] if first else self._admit(self._count)  # never who was preempted just now: its pages are one too few
