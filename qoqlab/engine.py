@@ -321,10 +321,12 @@ class Engine:
         tokens: Sequence[int] | torch.Tensor,
         steps: int,
         samplings: Sequence[Sampling | None] = (),
+        nearly: torch.cuda.Event | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``steps`` times `decode` with the token that each sequence's sampling chooses (None, or none given: the
         likeliest), without a wait for the device in between: int64 tokens ``[steps, B]`` and whether a step's logits were
-        NaN or infinite, bool ``[steps, B]``, both on the device.
+        NaN or infinite, bool ``[steps, B]``, both on the device. ``tokens`` on a GPU are taken as they are, which needs no
+        wait either; ``nearly`` is recorded there before the last step.
 
         Raises as `decode` does, and ValueError where a sequence would exceed ``max_tokens`` or samplings are not one each.
         """
@@ -339,10 +341,12 @@ class Engine:
         self.attend.reserve(sequences, [start + steps for start in starts])
         ids = ids.to(self.device).long()
         draws = draws_of(samplings, self.vocabulary, self.device)
-        found, spoilt, done = [], [], []
+        found, spoilt = [], []
         captured = self.device.type == "cuda" and self.attend.idle is not None
-        batch = batch_of(sequences, [1] * len(starts), starts, self.device)
-        for _ in range(steps):
+        batch = first = batch_of(sequences, [1] * len(starts), starts, self.device)
+        for left in range(steps, 0, -1):
+            if left == 1 and nearly is not None:
+                nearly.record(torch.cuda.current_stream(self.device))
             if captured:
                 logits = self._captured(len(sequences))(ids, batch)
             else:
@@ -350,10 +354,8 @@ class Engine:
             ids, bad = choose(logits, draws, batch.positions + 1)
             found.append(ids)
             spoilt.append(bad)
-            done.append(batch)
             batch = batch.next()
-        for batch in done:
-            self.attend.advance(batch)
+        self.attend.advance(replace(first, counts=[steps] * len(starts)))
         for sequence in sequences:
             self.lengths[sequence] += steps
         return torch.stack(found), torch.stack(spoilt)
@@ -371,7 +373,8 @@ class Engine:
     def _check_batch(self, sequences: Sequence[int], ids: torch.Tensor) -> None:
         if not sequences or ids.shape != (len(sequences),):
             raise ValueError(f"tokens: expected one for each of {len(sequences)} sequences, got shape {list(ids.shape)}")
-        if ids.is_floating_point() or int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+        looked = not ids.is_cuda and not ids.is_floating_point()
+        if ids.is_floating_point() or (looked and (int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary)):
             raise ValueError(f"tokens: tokens must lie in 0..{self.vocabulary - 1}, got {ids.tolist()}")
         if len(set(sequences)) != len(sequences):
             raise ValueError(f"sequences: expected different ones, got {list(sequences)}")

@@ -382,10 +382,11 @@ class ParallelEngine(Engine):
         tokens: Sequence[int] | torch.Tensor,
         steps: int,
         samplings: Sequence[Sampling | None] = (),
+        nearly: torch.cuda.Event | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Engine`."""
         with self._together():
-            return super().decode_ahead(sequences, tokens, steps, samplings)
+            return super().decode_ahead(sequences, tokens, steps, samplings, nearly)
 
 
 @torch.no_grad()

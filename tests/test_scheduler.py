@@ -18,14 +18,15 @@ def after(progress):
     return hash(seen) % 97
 
 
-def checked(scheduler):
-    """Every page is held once, by a running request, and no running request has too few or many."""
+def checked(scheduler, early=1):
+    """Every page is held once, by a running request, and no running request has too few or many: none beyond ``early``
+    tokens, more than one if the next steps are planned already."""
     held = [page for progress in scheduler.running for page in scheduler.pages_of(progress.number)]
     assert len(set(held)) == len(held) == scheduler.limits.pages - scheduler.allocator.free
     for progress in scheduler.running:
         count = len(scheduler.pages_of(progress.number))
         known = len(progress.request.prompt) + len(progress.tokens)
-        assert scheduler.limits.pages_of(progress.cached) <= count <= scheduler.limits.pages_of(known + 1)
+        assert scheduler.limits.pages_of(progress.cached) <= count <= scheduler.limits.pages_of(known + early)
     assert all(not scheduler.pages_of(progress.number) for progress in scheduler.waiting)
     for line in (scheduler.running, scheduler.waiting):
         assert [progress.number for progress in line] == sorted(progress.number for progress in line), "who came first"
@@ -47,16 +48,26 @@ events = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(events, st.integers(1, 4), st.integers(5, 12), st.sampled_from(Policy), st.integers(1, 20), st.integers(1, 9))
-def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(trace, batch, pages, policy, budget, most):
+@given(
+    events,
+    st.integers(1, 4),
+    st.integers(5, 12),
+    st.sampled_from(Policy),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(
+    trace, batch, pages, policy, budget, most, overlap
+):
     limits = Limits(batch, pages, max_tokens=20, page_size=PAGE, budget=budget)
     scheduler, all_requests = Scheduler(limits, policy), []
     submit = scheduler.submit
     scheduler.submit = lambda request: all_requests.append(submit(request)) or all_requests[-1]
     started = []
-    for count, (step, ended) in enumerate(replay(trace, scheduler, after, most)):
+    for count, (step, ended) in enumerate(replay(trace, scheduler, after, most, overlap)):
         assert count < 2000, "somebody starves"
-        checked(scheduler)
+        checked(scheduler, most if overlap else 1)
         assert len(step.decode) + len(step.prefill) <= batch
         assert not set(step.prefill) & {*step.decode, *step.preempted} and not set(step.preempted) & set(step.decode)
         taken = [len(all_requests[number].request.prompt) for number in step.prefill]
@@ -173,6 +184,37 @@ def take_step(scheduler):
     step = scheduler.plan()
     scheduler.complete(step, {n: [1] for n in (*step.prefill, *step.decode)})
     return step.prefill, step.decode
+
+
+def test_a_step_is_planned_early_where_results_cannot_change_who_is_in_it():
+    scheduler = Scheduler(Limits(2, 64, 40, PAGE))
+    for count in (20, 12):
+        scheduler.submit(Request((1,), count))
+    scheduler.complete(scheduler.plan(), {0: [1], 1: [1]})
+    step = scheduler.plan(8)
+    assert step == Step(decode=(0, 1), repeat=8)
+    assert scheduler.follow(step, 8) == Step(decode=(0, 1), repeat=3), "the second one needs 3 tokens more"
+    scheduler.complete(step, {n: [1] * 8 for n in (0, 1)})
+    late = Step(decode=(0, 1), repeat=3)
+    assert scheduler.follow(late, 8) == Step(decode=(0,), repeat=8), "the second one has ended then"
+    scheduler.submit(Request((1,), 1))
+    assert scheduler.follow(late, 8) is None, "and gives its place to who waits"
+    scheduler.complete(late, {n: [1] * 3 for n in (0, 1)})
+    assert scheduler.follow(Step(decode=(0,)), 8) is None, "who waits would fit"
+    assert take_step(scheduler) == ((2,), ())
+    last = Step(decode=(0,), repeat=8)
+    assert scheduler.follow(last, 8) is None, "nobody is left"
+    checked(scheduler, 9)
+
+
+def test_a_step_is_planned_early_only_with_pages_for_all():
+    scheduler = Scheduler(Limits(2, 3, 12, PAGE))
+    for _ in range(2):
+        scheduler.submit(Request((1, 2), 9))
+    scheduler.complete(scheduler.plan(), {0: [1], 1: [1]})
+    step = scheduler.plan(8)
+    assert step == Step(decode=(0, 1), repeat=2) and scheduler.allocator.free == 1
+    assert scheduler.follow(step, 8) is None, "each needs a second page; `plan` will take one's pages away"
 
 
 def test_budget_decodes_and_prefills_in_one_step():

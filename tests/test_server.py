@@ -1,5 +1,7 @@
 """The server on a real engine (CPU reference): the same tokens as `generate`, whatever else is served; faults stay apart."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from qoqlab import quantize, runtime
 from qoqlab.sampling import Sampling
 from qoqlab.serve.requests import Finish, Request
 from qoqlab.serve.scheduler import Policy
-from qoqlab.serve.server import Server
+from qoqlab.serve.server import Server, Turn
 
 from .families import wide
 
@@ -17,6 +19,13 @@ PROMPTS = [(3, 1, 4, 1, 5, 9, 2, 6), (5,), tuple(range(60)), (7, 7, 7), (9, 8, 7
 @pytest.fixture(scope="module")
 def quantized():
     return quantize(wide("llama"), "rtn-w4a8kv4-g128", progress=False)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "overlap"])
+def overlap(request, monkeypatch):
+    """Everything without and with turns that are given to the device early, as on a GPU."""
+    monkeypatch.setattr(Server, "__init__", functools.partialmethod(Server.__init__, overlap=request.param))
+    return request.param
 
 
 def engine_of(quantized, batch=3, pages=None):
@@ -113,16 +122,24 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch, bad
         heard.append(token)
 
     server = Server(engine_of(quantized), ahead=1)
-    decode = server.engine.decode
+    step, logits, rows = server.engine.attend.step, server.engine._logits, []
 
-    def spoilt(sequences, tokens):
-        logits = decode(sequences, tokens)
-        for row, sequence in enumerate(sequences):
-            if sequence == server._sequences.get(1) and len(server.requests[1].tokens) == 4:
-                logits[row, 3] = bad
-        return logits
+    def noted(layer, qkv, batch, window):
+        at = {
+            sequence: (row, start) for row, (sequence, start) in enumerate(zip(batch.sequences, batch.starts, strict=True))
+        }
+        row, start = at.get(server._sequences.get(1), (0, 0))
+        rows[:] = [row] if start == len(PROMPTS[2]) + 3 else []  # the step after its fourth token
+        return step(layer, qkv, batch, window)
 
-    monkeypatch.setattr(server.engine, "decode", spoilt)
+    def spoilt(y, residual):
+        found = logits(y, residual)
+        found[rows, 3] = bad
+        rows.clear()
+        return found
+
+    monkeypatch.setattr(server.engine.attend, "step", noted)
+    monkeypatch.setattr(server.engine, "_logits", spoilt)
     first, second, third = server.run(
         [Request(PROMPTS[0], 9, on_token=fails), Request(PROMPTS[2], 9), Request(PROMPTS[1], 9)]
     )
@@ -130,6 +147,18 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch, bad
     assert second.finish is Finish.ERROR and "not finite" in second.error and second.tokens == expected[2][:4]
     assert third.tokens == expected[1] and server.engine.attend.cache.free_pages == server.engine.pages
     assert list(server.record()["reason"]) == ["error", "error", "length"]
+
+
+def test_the_device_has_the_next_turn_before_tokens_are_read(quantized, expected, overlap, monkeypatch):
+    server, order = Server(engine_of(quantized), ahead=3), []
+    give, read = server._give, Turn.results
+    monkeypatch.setattr(server, "_give", lambda *a: order.append("give") or give(*a))
+    monkeypatch.setattr(Turn, "results", lambda turn: order.append("read") or read(turn))
+    found = server.run([Request(PROMPTS[i], 9) for i in (0, 2)])
+    assert [p.tokens for p in found] == [expected[0], expected[2]]
+    early = ["give", "give", "read", "give", "read", "read"]
+    assert order == (early if overlap else ["give", "read"] * 3), "8 tokens after the first, 3 in a turn"
+    assert [row["repeat"] for row in server.steps] == [1, 3, 3, 2] and server._turn is None
 
 
 @pytest.mark.parametrize("policy", Policy)

@@ -155,36 +155,65 @@ class Scheduler:
         repeat = 1 if admitted or held_up else self._repeat(most)
         return Step(tuple(p.number for p in preempted), tuple(p.number for p in admitted), decode, repeat)
 
+    def follow(self, step: Step, most: int) -> Step | None:
+        """The step after ``step``, which only decodes and whose results have not come, with its pages; None where they
+        decide who is in it: where somebody ends and others wait, or waits and would fit, or where pages are short."""
+        running = [p for p in self.running if p.number in step.decode]
+        going = [p for p in running if p.request.max_new_tokens - len(p.tokens) > step.repeat]
+        if not going or any(self._known_tokens(p) > 1 for p in going):
+            return None
+        if self.waiting and (len(going) < len(running) or self._fits(self.waiting[0])):
+            return None
+        left = min(p.request.max_new_tokens - len(p.tokens) for p in going) - step.repeat
+        repeat = self._in_a_row(going, step.repeat, min(most, left))
+        return Step(decode=tuple(p.number for p in going), repeat=repeat) if repeat else None
+
     def _repeat(self, most: int) -> int:
         """How many tokens all running requests can take in a row, and pages for them."""
         for progress in self.running:
             missing = progress.request.max_new_tokens - len(progress.tokens)
-            known = len(progress.request.prompt) + len(progress.tokens) - progress.cached
-            most = min(most, missing if known == 1 else 1)  # tokens from before a preemption are fed one by one
-        while most > 1:
-            short = {p.number: self.limits.pages_of(p.cached + most) - len(self._pages[p.number]) for p in self.running}
-            if sum(max(0, count) for count in short.values()) <= self.allocator.free:
+            # tokens from before a preemption are fed one by one
+            most = min(most, missing if self._known_tokens(progress) == 1 else 1)
+        return max(1, self._in_a_row(self.running, 0, most))
+
+    @staticmethod
+    def _known_tokens(progress: Progress) -> int:
+        """Tokens of a request that are not cached yet."""
+        return len(progress.request.prompt) + len(progress.tokens) - progress.cached
+
+    def _in_a_row(self, going: Sequence[Progress], done: int, most: int) -> int:
+        """How many tokens, at most ``most``, these can take after ``done`` more, and pages for them."""
+        while most > 0:
+            totals = {p.number: self.limits.pages_of(p.cached + done + most) for p in going}
+            short = {number: max(0, total - len(self._pages[number])) for number, total in totals.items()}
+            if sum(short.values()) <= self.allocator.free:
                 for number, count in short.items():
-                    self._pages[number] += self.allocator.take(max(0, count))
+                    self._pages[number] += self.allocator.take(count)
                 return most
             most -= 1
-        return 1
+        return 0
+
+    def _need(self, progress: Progress) -> int:
+        """Pages for what a waiting request has and one token more."""
+        new = min(len(progress.tokens) + 1, progress.request.max_new_tokens - 1)
+        return self.limits.pages_of(len(progress.request.prompt) + new)
+
+    def _fits(self, progress: Progress) -> bool:
+        """Whether a waiting request could run, with a page left for each that does."""
+        room = self._need(progress) + len(self.running) <= self.allocator.free
+        return room and len(self.running) < self.limits.batch
 
     def _admit(self, before: int) -> list[Progress]:
         """Requests from the front of the queue with numbers below ``before`` that fit, now running, with pages for what they
         have and one token more."""
         admitted: list[Progress] = []
         tokens = 0
-        while self.waiting and len(self.running) < self.limits.batch:
-            first = self.waiting[0]
-            if first.number >= before:
-                break
-            prompt, new = len(first.request.prompt), len(first.tokens) + 1
-            need = self.limits.pages_of(prompt + min(new, first.request.max_new_tokens - 1))
-            if need + len(self.running) > self.allocator.free or (admitted and tokens + prompt > self.limits.budget):
+        while self.waiting and self.waiting[0].number < before and self._fits(self.waiting[0]):
+            prompt = len(self.waiting[0].request.prompt)
+            if admitted and tokens + prompt > self.limits.budget:
                 break
             progress = self.waiting.popleft()
-            self._pages[progress.number] = self.allocator.take(need)
+            self._pages[progress.number] = self.allocator.take(self._need(progress))
             self.running.append(progress)
             admitted.append(progress)
             tokens += prompt
@@ -287,12 +316,18 @@ def read_trace(path: Path) -> list[Event]:
 
 
 def replay(
-    events: Iterable[Event], scheduler: Scheduler, model: Callable[[Progress], int | Failure], most: int = 1
+    events: Iterable[Event],
+    scheduler: Scheduler,
+    model: Callable[[Progress], int | Failure],
+    most: int = 1,
+    overlap: bool = False,
 ) -> Iterator[tuple[Step, list[Progress]]]:
     """Every step of a trace with the requests that ended in it. ``model`` gives the token that follows what a request has;
-    ``most``: as in `Scheduler.plan`. The same trace gives the same steps."""
+    ``most``: as in `Scheduler.plan`; ``overlap``: a step that can be planned before the results of the one before it is, as
+    `server.Server` does. The same trace gives the same steps."""
     queue = deque(sorted(events, key=lambda e: e.at))
     known: list[Progress] = []
+    early: Step | None = None
     at = 0
     while queue or not scheduler.idle:
         while queue and queue[0].at <= at:
@@ -301,7 +336,10 @@ def replay(
                 known.append(scheduler.submit(event.request))
             elif event.cancel is not None and event.cancel < len(known):
                 scheduler.cancel(known[event.cancel])
-        step = scheduler.plan(most)
+        if early is not None and all(known[n].finish is not None for n in early.decode):
+            early = None
+        step = scheduler.plan(most) if early is None else early
+        early = scheduler.follow(step, most) if overlap and step is not None and not step.prefill else None
         at += 1
         if step is not None:
             ended = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -22,12 +23,32 @@ from .scheduler import Failure, Limits, Policy, Scheduler, Step
 Results = dict[int, list[int | Failure]]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Steps in a row that the device has been given: its ``tokens`` int64 [steps, B] there, and they and which are spoilt
+    where the host reads them, ``found`` int64 [2 steps, B], once ``done``; ``nearly``: all steps but the last are."""
+
+    step: Step
+    tokens: torch.Tensor
+    found: torch.Tensor
+    nearly: torch.cuda.Event | None
+    done: torch.cuda.Event | None
+
+    def results(self) -> Results:
+        """What it brought to each request; waits for it."""
+        if self.done is not None:
+            self.done.synchronize()
+        return _results(self.step.decode, self.found)
+
+
 class Server:
     """Serves requests on an engine: `submit` them, `step` until `idle`, or `run` a list.
 
     ``ahead``: steps that the device takes in a row before the host looks at their tokens, where no prompt can come in.
     Python's work is shared among them; tokens are handed out in turns of so many, a new request waits for the end of a turn,
-    and what follows a stop token in its turn is computed for nothing.
+    and what follows a stop token in its turn is computed for nothing. ``overlap`` (None: on a GPU): the device is given the
+    next turn before the host has looked at the tokens of this one, where they cannot change who is in it, so that it never
+    waits for Python; a stop token then costs the next turn too.
 
     A request's tokens are a function of its logits, and on the CPU these do not depend on what else is served. On a GPU they
     may in their last bits: attention adds up a long context's parts in an order that depends on the batch, and so does
@@ -46,6 +67,7 @@ class Server:
         budget: int = 8192,
         ahead: int = 8,
         clock: Callable[[], float] = time.perf_counter,
+        overlap: bool | None = None,
     ) -> None:
         if engine.lengths:
             raise ValueError(f"engine: {len(engine.lengths)} sequences are open in it; a server needs all of its cache")
@@ -56,6 +78,8 @@ class Server:
         self.steps: list[dict[str, float]] = []
         self._clock, self._start = clock, clock()
         self._sequences: dict[int, int] = {}  # the engine's, of running requests
+        self._overlap = engine.device.type == "cuda" if overlap is None else overlap
+        self._turn: Turn | None = None  # under way, and not looked at
 
     @property
     def idle(self) -> bool:
@@ -109,22 +133,23 @@ class Server:
         return found
 
     def step(self) -> bool:
-        """One step, if there is anything to do."""
+        """One step, or turn of them, if there is anything to do."""
         start = self.now()
-        step = self.scheduler.plan(self.ahead)
+        step = self.scheduler.plan(self.ahead) if self._turn is None else self._turn.step
         if step is None:
             return False
         for number in step.preempted:
             self._free(number)
         planned = self.now()
         results: Results = {}
-        cached = sum(self.requests[number].cached for number in step.decode)
-        prompts = sum(len(self.requests[number].request.prompt) for number in step.prefill)
+        asked = [self.requests[number] for number in (*step.prefill, *step.decode) if number in self.requests]
+        cached = sum(p.cached for p in asked if p.number in step.decode)
+        prompts = sum(len(p.request.prompt) for p in asked if p.number in step.prefill)
         if step.prefill:
             results |= self._prefill(step.prefill)
         prefilled = self.now()
         if step.decode:
-            results |= self._decode(step.decode, step.repeat)
+            results |= self._decode(step)
         decoded = self.now()
         self._finish(step, results)
         row: dict[str, float] = {
@@ -147,19 +172,59 @@ class Server:
         self._sequences |= dict(zip(numbers, sequences, strict=True))
         return self._choose(numbers, logits)
 
-    def _decode(self, numbers: tuple[int, ...], repeat: int = 1) -> Results:
-        """The next ``repeat`` tokens of each request; one, if each has to be computed by itself."""
-        sequences = [self._sequences[number] for number in numbers]
-        inputs = [self.requests[number].next_input for number in numbers]
+    def _decode(self, step: Step) -> Results:
+        """The next tokens of each request of a step; one, if each has to be computed by itself. The turn that follows is
+        the device's before this one's tokens are read."""
+        turn, self._turn = self._turn, None
+        if turn is None:
+            try:
+                turn = self._give(step, self._inputs(step.decode))
+            except Exception as error:
+                return self._apart(step.decode, error, self._decode_one)
+        if self._overlap and not step.prefill:
+            try:
+                self._turn = self._follow(turn)
+            except Exception:
+                if not self.engine.alone:
+                    raise
+                self._turn = None  # it is planned again, and fails again, once this one's tokens are known
+        return turn.results()
+
+    def _decode_one(self, numbers: tuple[int, ...]) -> Results:
+        """The next token of one request."""
         try:
-            if repeat > 1:
-                samplings = [self.requests[number].request.sampling for number in numbers]
-                tokens, spoilt = self.engine.decode_ahead(sequences, inputs, repeat, samplings)
-                return _results(numbers, tokens, spoilt)
-            logits = self.engine.decode(sequences, inputs)
+            return self._give(Step(decode=numbers), self._inputs(numbers)).results()
         except Exception as error:
-            return self._apart(numbers, error, self._decode)
-        return self._choose(numbers, logits)
+            return self._apart(numbers, error, self._decode_one)
+
+    def _inputs(self, numbers: tuple[int, ...]) -> torch.Tensor:
+        """The token that each request's next step takes in."""
+        return torch.tensor([self.requests[number].next_input for number in numbers])
+
+    def _give(self, step: Step, inputs: torch.Tensor) -> Turn:
+        """Give the device a turn; its tokens will be copied to the host as soon as they are there."""
+        sequences = [self._sequences[number] for number in step.decode]
+        samplings = [self.requests[number].request.sampling for number in step.decode]
+        on_gpu = self.engine.device.type == "cuda"
+        nearly, done = (torch.cuda.Event(), torch.cuda.Event()) if on_gpu else (None, None)
+        tokens, spoilt = self.engine.decode_ahead(sequences, inputs, step.repeat, samplings, nearly)
+        both = torch.cat([tokens, spoilt.long()])
+        found = torch.empty(both.shape, dtype=both.dtype, pin_memory=on_gpu)
+        found.copy_(both, non_blocking=True)
+        if done is not None:
+            done.record(torch.cuda.current_stream(self.engine.device))
+        return Turn(step, tokens, found, nearly, done)
+
+    def _follow(self, turn: Turn) -> Turn | None:
+        """The turn after one that is under way, if its tokens cannot change who is in it. The device is given it late, so
+        that a request which comes meanwhile does not wait for two turns."""
+        step = self.scheduler.follow(turn.step, self.ahead)
+        if step is None:
+            return None
+        if turn.nearly is not None:
+            turn.nearly.synchronize()
+        rows = torch.tensor([turn.step.decode.index(number) for number in step.decode]).to(turn.tokens.device)
+        return self._give(step, turn.tokens[-1][rows])
 
     def _apart(self, numbers: tuple[int, ...], error: Exception, way: Callable[[tuple[int, ...]], Results]) -> Results:
         """Requests whose part of a step has failed, each by itself, so that one's fault is its own. The engine has not kept
@@ -177,11 +242,13 @@ class Server:
         draws = draws_of([p.request.sampling for p in progress], self.engine.vocabulary, self.engine.device)
         places = torch.tensor([len(p.request.prompt) + len(p.tokens) for p in progress], device=self.engine.device)
         tokens, spoilt = choose(logits, draws, places)
-        return _results(numbers, tokens[None], spoilt[None])
+        return _results(numbers, torch.stack([tokens, spoilt.long()]))
 
     def _finish(self, step: Step, results: Results) -> None:
         """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
-        asked = {number: self.requests[number] for number in results}  # a listener may have the server forget
+        # of a turn that was given to the device early, some may have ended; and a listener may have the server forget
+        asked = {n: self.requests[n] for n in results if n in self.requests and self.requests[n].finish is None}
+        results = {n: results[n] for n in asked}
         heard = {n: found for n, found in results.items() if asked[n].request.on_token is not None}
         ended = self.scheduler.complete(step, {n: found for n, found in results.items() if n not in heard})
         for turn in range(step.repeat if heard else 0):  # token by token: who listens may cancel before the next one
@@ -196,6 +263,8 @@ class Server:
                 progress.first = self.now()
         for progress in ended:
             self._close(progress)
+        if self._turn is not None and all(n not in self._sequences for n in self._turn.step.decode):
+            self._turn = None  # nobody is left to read it
 
     def _tell(self, progress: Progress, ended: list[Progress]) -> None:
         """A request's last token to its listener; one that raises ends the request."""
@@ -244,11 +313,11 @@ class Server:
         return pd.DataFrame(rows, columns=columns)
 
 
-def _results(numbers: Iterable[int], tokens: torch.Tensor, spoilt: torch.Tensor) -> Results:
-    """What steps brought to each request, of ``tokens`` and ``spoilt`` ``[steps, B]``, with one wait for the device."""
-    rows = torch.cat([tokens, spoilt.long()]).T.tolist()
-    steps, results = len(tokens), {}
-    for number, row in zip(numbers, rows, strict=True):
+def _results(numbers: Iterable[int], found: torch.Tensor) -> Results:
+    """What steps brought to each request: ``found`` int64 [2 steps, B], tokens and then which of them are spoilt. Waits for
+    the device."""
+    steps, results = len(found) // 2, {}
+    for number, row in zip(numbers, found.T.tolist(), strict=True):
         good = row.index(1, steps) - steps if 1 in row[steps:] else steps
         results[number] = row[:good] if good == steps else [*row[:good], Failure("the model's logits are not finite")]
     return results
