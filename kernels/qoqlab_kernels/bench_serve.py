@@ -140,7 +140,7 @@ def requests_of(job: Round, vocabulary: int) -> list[Request]:
     return [Request(tuple(prompt), job.output) for prompt in prompts]
 
 
-def serve_round(engine: Engine, job: Round) -> dict[str, Any]:
+def serve_round(engine: Engine, job: Round, overlap: bool = False) -> dict[str, Any]:
     """A round through the server. Raises `measure.WrongResult` where a request did not get its tokens."""
     together = min(job.batch, max(1, PREFILL // job.prompt))
     for warm in (Round(together, job.prompt, 1), Round(job.batch, min(job.prompt, 64), 3)):  # of a prefill, and of the step
@@ -149,7 +149,7 @@ def serve_round(engine: Engine, job: Round) -> dict[str, Any]:
     for step in engine._steps.values():
         step.graph = Timed(step.graph)  # type: ignore[assignment]
         timed.append(step.graph)
-    server, requests = Server(engine, budget=PREFILL), requests_of(job, engine.vocabulary)
+    server, requests = Server(engine, budget=PREFILL, overlap=overlap), requests_of(job, engine.vocabulary)
     torch.cuda.synchronize()
     start = time.perf_counter()
     done = server.run(requests)
@@ -183,7 +183,7 @@ def arriving(job: Round, rate: float, count: int, vocabulary: int, seed: int = 0
     ]
 
 
-def serve_arrivals(engine: Engine, job: Round, rate: float, count: int) -> dict[str, Any]:
+def serve_arrivals(engine: Engine, job: Round, rate: float, count: int, overlap: bool = False) -> dict[str, Any]:
     """Requests through the server as they arrive. Raises `measure.WrongResult` where one did not get its tokens."""
     for size in sorted({step_size(n) for n in range(1, job.batch + 1)}):  # compiles, and captures all steps
         warm = Round(min(size, job.batch), min(job.prompt, 64), 3)
@@ -192,13 +192,13 @@ def serve_arrivals(engine: Engine, job: Round, rate: float, count: int) -> dict[
         lengths = [min(job.prompt, tokens - at) for at in range(0, tokens, job.prompt)][: job.batch]
         engine.free(engine.prefill([torch.randint(engine.vocabulary, (length,)) for length in lengths])[0])
     requests = arriving(job, rate, count, engine.vocabulary)
-    server = Server(engine, budget=PREFILL)
+    server = Server(engine, budget=PREFILL, overlap=overlap)
     done = server.run(requests)
     if any(p.finish is not Finish.LENGTH for p in done):
         raise measure.WrongResult(f"requests ended as {sorted({str(p.finish) + p.error for p in done})}")
     table = server.record()
     steps = [
-        {"batch": s["batch"], "cached": s["cached"], "seconds": (s["decode_s"] + s["other_s"]) / s["repeat"]}
+        {name: s[name] for name in ("batch", "cached", "repeat")} | {"seconds": (s["decode_s"] + s["other_s"]) / s["repeat"]}
         for s in server.steps
         if s["batch"] and not s["prompts"]
     ]
@@ -284,7 +284,7 @@ def measured(
         if known.arrivals:
             assert network is not None  # options has seen to it
             engine = engine_of(model, network, job)
-            served = serve_arrivals(engine, job, known.arrivals, known.requests)
+            served = serve_arrivals(engine, job, known.arrivals, known.requests, known.overlap)
             yield {
                 "op": "serve_arrivals",
                 "model": model.name.lower(),
@@ -293,6 +293,7 @@ def measured(
                 "prompt": known.prompt,
                 "output": known.output,
                 "rate": known.arrivals,
+                "overlap": known.overlap,
                 "tokens_per_s": sum(r["output"] for r in served["requests"]) / served["seconds"],
                 **served,
             }
@@ -301,7 +302,7 @@ def measured(
             times = torch_round(model, precision, job)
         else:
             engine = engine_of(model, network, job, ranks)
-            times = serve_round(engine, job)
+            times = serve_round(engine, job, known.overlap)
             del engine
         planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL)
         serving = roofline.Serving(batch, known.prompt, known.output)
@@ -316,6 +317,7 @@ def measured(
             "layers": model.layers,
             "gpus": 1 if ranks is None else ranks.size,
             "budget_gb": known.budget_gb,
+            "overlap": known.overlap and network is not None,
             "tokens_per_s": batch * known.output / times["seconds"],
             "predicted_tokens_per_s": prediction.throughput(model, serving, scheme, gpu, system) if gpu and system else None,
             "bound_tokens_per_s": roofline.throughput(model, serving, scheme, gpu) if gpu else None,
@@ -345,6 +347,9 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Geometry
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share every layer")
     parser.add_argument("--arrivals", type=float, help="requests that arrive a second, at random, instead of all at once")
     parser.add_argument("--requests", type=int, default=200, help="with --arrivals: how many")
+    parser.add_argument(
+        "--overlap", action="store_true", help="give the GPU its next turn before this one's tokens are read"
+    )
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
     known = parser.parse_args(list(arguments))

@@ -46,9 +46,9 @@ class Server:
 
     ``ahead``: steps that the device takes in a row before the host looks at their tokens, where no prompt can come in.
     Python's work is shared among them; tokens are handed out in turns of so many, a new request waits for the end of a turn,
-    and what follows a stop token in its turn is computed for nothing. ``overlap`` (None: on a GPU): the device is given the
-    next turn before the host has looked at the tokens of this one, where they cannot change who is in it, so that it never
-    waits for Python; a stop token then costs the next turn too.
+    and what follows a stop token in its turn is computed for nothing. ``overlap``: the device is given the next turn before
+    the host has looked at the tokens of this one, where they cannot change who is in it, so that it need not wait for
+    Python; a stop token then costs the next turn too.
 
     A request's tokens are a function of its logits, and on the CPU these do not depend on what else is served. On a GPU they
     may in their last bits: attention adds up a long context's parts in an order that depends on the batch, and so does
@@ -67,7 +67,7 @@ class Server:
         budget: int = 8192,
         ahead: int = 8,
         clock: Callable[[], float] = time.perf_counter,
-        overlap: bool | None = None,
+        overlap: bool = False,
     ) -> None:
         if engine.lengths:
             raise ValueError(f"engine: {len(engine.lengths)} sequences are open in it; a server needs all of its cache")
@@ -78,7 +78,7 @@ class Server:
         self.steps: list[dict[str, float]] = []
         self._clock, self._start = clock, clock()
         self._sequences: dict[int, int] = {}  # the engine's, of running requests
-        self._overlap = engine.device.type == "cuda" if overlap is None else overlap
+        self._overlap = overlap
         self._turn: Turn | None = None  # under way, and not looked at
 
     @property
