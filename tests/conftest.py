@@ -13,6 +13,14 @@ from qoqlab.pipeline import QuantizedModel, quantize
 
 from . import families
 
+#: Files that take longest come first, so that at the end no processor is left with one of them while others are idle.
+LONG = ("test_soak", "test_browser", "test_sweep", "test_tour", "test_baselines", "test_classroom")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files change places; the order within each stays."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 def _exact_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """RMSNorm in the input's own precision (transformers computes it in fp32 whatever the input)."""
