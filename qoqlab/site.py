@@ -49,6 +49,11 @@ night.addEventListener('change', () => drawn.forEach(draw));
 _STYLE = """body { max-width: 1180px; margin: 0 auto !important; padding: 0 16px 48px !important; }
 nav.course { display: flex; gap: 1.5em; padding: 12px 4px; font: 15px system-ui, sans-serif; }
 .jp-RenderedMarkdown pre { white-space: pre !important; overflow-x: auto; }
+.jp-RenderedHTMLCommon thead th[colspan] { text-align: center; }
+@media (max-width: 900px) {  /* a narrow page gives its width to what was printed: aligned columns would break */
+  .jp-InputPrompt, .jp-OutputPrompt { display: none !important; }
+  .jp-OutputArea-output pre { font-size: 11px !important; }
+}
 figure.plotly { margin: 0; min-width: 0; } .live { color: #52606d; font: italic 14px system-ui, sans-serif; margin: 4px 0; }
 math { font-size: 1.05em; } math[display=block] { margin: 0.6em 0; overflow-x: auto; }
 main.index { font: 16px/1.5 system-ui, sans-serif; max-width: 860px; margin: 0 auto; }

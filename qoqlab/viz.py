@@ -105,12 +105,17 @@ def pool_max(x: torch.Tensor, rows: int = MAP_ROWS, columns: int = MAP_COLUMNS) 
     return pooled, high, wide
 
 
+def _colour_bar(title: str) -> dict[str, object]:
+    """The colour bar of every map, its title as large as an axis's."""
+    return {"title": {"text": title, "side": "right", "font": {"size": 12}}, "thickness": 12, "outlinewidth": 0}
+
+
 def _heat(x: torch.Tensor, log: bool) -> tuple[go.Heatmap, int, int]:
     """Heat map trace of ``|x|`` with a robust colour range: the brightest 1 % share one colour, the hover has the value."""
     pooled, high, wide = pool_max(x)
     z = pooled.clamp(min=1e-12).log10() if log else pooled
     low, top = (float(z.quantile(0.02)), float(z.max())) if log else (0.0, float(z.quantile(0.99)))
-    bar: dict[str, object] = {"title": {"text": "largest |x|", "side": "right"}, "thickness": 14, "outlinewidth": 0}
+    bar = _colour_bar("largest |x|")
     if log:
         ticks = [t for t in range(-6, 7) if low <= t <= top]
         ticks = ticks if len(ticks) > 1 else _spread(low, top)  # type: ignore[assignment]
@@ -130,21 +135,49 @@ def _heat(x: torch.Tensor, log: bool) -> tuple[go.Heatmap, int, int]:
     return trace, high, wide
 
 
-def _log_axis(values: Sequence[torch.Tensor]) -> dict[str, object]:
-    """A log axis over the positive ``values`` with ticks at 1, 2, 5, 10, ... (1, 10, 100 when it spans many decades)."""
+def _log_axis(values: Sequence[torch.Tensor], room: int = 6) -> dict[str, object]:
+    """A log axis over the positive ``values`` with ticks at 1, 2, 5, 10, ..., or 1, 3, 10, ..., or powers of ten: the first
+    of these of which no more than ``room`` fall on the axis."""
     flat = torch.cat([v.detach().double().flatten() for v in values])
     flat = flat[flat > 0]
     low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.1, 10.0)
     span = max(math.log10(high / low), 0.1)
-    digits = (1, 2, 5) if span < 1.8 else (1,)
-    ticks = [d * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2) for d in digits]
+    ends = math.log10(low) - 0.05 * span, math.log10(high) + 0.07 * span
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        if sum(ends[0] <= math.log10(tick) <= ends[1] for tick in ticks) <= room:
+            break
     return {
         "type": "log",
-        "range": [math.log10(low) - 0.05 * span, math.log10(high) + 0.07 * span],
+        "range": list(ends),
         "tickvals": ticks,
-        "ticktext": [f"{t:g}" for t in ticks],
+        "ticktext": [_tick(t) for t in ticks],
         "tickangle": 0,
     }
+
+
+def _tick(value: float) -> str:
+    """The name of a tick on a log axis.
+
+    >>> _tick(0.003), _tick(3e-5)
+    ('0.003', '3·10<sup>-5</sup>')
+    """
+    if 1e-4 <= value < 1e6:
+        return f"{value:g}"
+    digit, power = f"{value:.0e}".split("e")
+    return ("" if digit == "1" else f"{digit}·") + f"10<sup>{int(power)}</sup>"
+
+
+def _widths(lines: Sequence[Mapping[float, float]], width: float) -> list[float]:
+    """A width for every line (x -> y), drawn in this order: a line that later ones cover along nine tenths of its way is
+    wider by three pixels for each of those, so that it is seen beneath them."""
+    widths = [width] * len(lines)
+    for index, line in enumerate(lines):
+        for other in lines[index + 1 :]:
+            close = [abs(y - other[x]) <= 0.01 * abs(y) for x, y in line.items() if x in other]
+            widths[index] += 3 * (len(close) > 0 and sum(close) >= 0.9 * len(line))
+    return widths
 
 
 def _spread(low: float, high: float, count: int = 4) -> list[float]:
@@ -176,14 +209,14 @@ def outlier_surface(x: torch.Tensor, title: str) -> go.Figure:
         x=list(range(0, x.shape[1], wide)),
         y=list(range(0, x.shape[0], high)),
         colorscale=SEQUENTIAL,
-        colorbar={"title": {"text": "|x|", "side": "right"}, "thickness": 14, "len": 0.7},
+        colorbar=_colour_bar("magnitude |x|") | {"len": 0.7},
         hovertemplate="channel %{x}<br>token %{y}<br>|x| = %{z:.3g}<extra></extra>",
     )
     figure = _layout(go.Figure(surface), title, height=520, margin={"l": 10, "r": 10, "t": 72, "b": 10})
     return figure.update_scenes(
         xaxis_title="channel (index)",
         yaxis_title="token (position)",
-        zaxis_title="magnitude |x|",
+        zaxis_title="|x|",  # short: on a page of 800 pixels a longer title runs into that of the tokens
         aspectmode="manual",
         aspectratio={"x": 1.6, "y": 0.9, "z": 0.7},
         # far enough away that no axis title is cut off on a page of 800 pixels
@@ -449,16 +482,17 @@ def error_by_layer(report: pd.DataFrame, title: str = "Output SQNR of every laye
     `pipeline.QuantizedModel.report`.
     """
     figure = go.Figure()
-    for index, stage in enumerate(dict.fromkeys(report["stage"])):
-        part = report[report["stage"] == stage].sort_values("layer")
+    parts = {stage: report[report["stage"] == stage].sort_values("layer") for stage in dict.fromkeys(report["stage"])}
+    widths = _widths([dict(zip(part["layer"], part["output_sqnr_db"], strict=True)) for part in parts.values()], 2)
+    for index, (stage, part) in enumerate(parts.items()):
         figure.add_scatter(
             x=part["layer"].to_list(),
             y=_numbers(part["output_sqnr_db"].to_list()),
             customdata=[float(f"{v:.3g}") for v in part["weight_nmse"]],
             name=stage.replace("_", " "),
             mode="lines+markers",
-            line={"color": PALETTE[index % len(PALETTE)], "width": 2, "dash": "dot" if index == 0 else "solid"},
-            marker={"size": 8, "symbol": index},
+            line={"color": PALETTE[index % len(PALETTE)], "width": widths[index], "dash": "solid" if index else "dot"},
+            marker={"size": 6 + widths[index], "symbol": index},
             hovertemplate="layer %{x}: %{y:.2f} dB<br>relative weight error %{customdata}<extra>%{fullData.name}</extra>",
         )
     _layout(figure, title, "layer (index)", "output SQNR (dB, higher is better)", showlegend=True)
@@ -541,7 +575,8 @@ def ladder(table: pd.DataFrame, title: str = "Perplexity, rung by rung") -> go.F
         low, high = min([*values, reference]), max([*values, reference])
         if log:
             span = max(math.log10(high / low), 0.3)
-            axis = _log_axis([torch.tensor([low, low * 10**span])])
+            # the widened range has to have ticks, and few enough for a panel
+            axis = _log_axis([torch.tensor([low, high * 10 ** (0.7 * span)])], room=6 if len(models) == 1 else 4)
             axis["range"] = [math.log10(low) - 0.06 * span, math.log10(high) + 0.8 * span]
         else:
             span = max(high - low, 0.02 * low)
@@ -566,13 +601,13 @@ def _precision(name: str) -> str:
     return name.split(" ")[0]
 
 
-def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms") -> go.Figure:
+def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms", x: str = "") -> go.Figure:
     """What every method costs in perplexity: one row per method, one colour per precision, one panel per model and text.
 
     ``table``: as `qoqlab.compare` returns it. A filled mark is the gap to the unquantised model with everything rounded, a
     ring the same as kernels compute it (none where that was not measured). All panels share one log scale, because methods
     without any care for outliers lose by factors; gaps below 0.01 count as that. The unquantised model itself has no
-    row; its perplexity stands under each panel.
+    row; its perplexity stands under each panel, or the text ``x`` if the gaps are in other units.
     """
     panels = list(dict.fromkeys(zip(table["model"], table["text"], strict=True)))
     quantised = table[table["gap"] != 0] if (table["gap"] != 0).any() else table
@@ -596,10 +631,10 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms")
                 gaps = (rows["runtime_perplexity"] - exact if runtime else rows["gap"]).dropna()
                 if gaps.empty and (runtime or column > 1):
                     continue
-                shown, x = rows.loc[gaps.index], gaps.clip(lower=smallest).to_list()
-                drawn += x
+                shown, lost = rows.loc[gaps.index], gaps.clip(lower=smallest).to_list()
+                drawn += lost
                 figure.add_scatter(
-                    x=_numbers(x),
+                    x=_numbers(lost),
                     y=shown["method"].to_list(),
                     customdata=np.stack(
                         [shown["format"], gaps.round(3), shown["weight_bits"].round(2), shown["kv_bits"]], -1
@@ -621,9 +656,10 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms")
                     row=1,
                     col=column,
                 )
-        figure.update_xaxes(title_text=f"perplexity lost<br>(of fp16: {exact:.2f})", row=1, col=column)
-    axis = _log_axis([torch.tensor(drawn, dtype=torch.float64)])
-    if max(drawn) > 1e3 * min(drawn):  # only even powers of ten are named, or narrow panels have no room
+        figure.update_xaxes(title_text=x or f"perplexity lost<br>(of fp16: {exact:.2f})", row=1, col=column)
+    wide = max(drawn) > 1e3 * min(drawn)
+    axis = _log_axis([torch.tensor(drawn, dtype=torch.float64)], room=0 if wide else max(3, 16 // len(panels)))
+    if wide:  # only even powers of ten are named, or narrow panels have no room
         powers = [round(math.log10(tick)) for tick in cast(list[float], axis["tickvals"])]
         axis["ticktext"] = ["" if p % 2 else f"{10.0**p:g}" if p < 3 else f"{10.0 ** (p - 3):g}k" for p in powers]
     figure.update_xaxes(**axis, tickfont={"size": 11})
@@ -743,8 +779,9 @@ def roofline(table: pd.DataFrame, title: str, x: str, y: str) -> go.Figure:
     The slope is memory's limit, the flat part arithmetic's.
     """
     figure = go.Figure()
-    for index, precision in enumerate(dict.fromkeys(table["precision"])):
-        part = table[table["precision"] == precision]
+    parts = {name: table[table["precision"] == name] for name in dict.fromkeys(table["precision"])}
+    widths = _widths([dict(zip(part["intensity"], part["speed"], strict=True)) for part in parts.values()], 2.5)
+    for index, (precision, part) in enumerate(parts.items()):
         figure.add_scatter(
             x=_numbers(part["intensity"].to_list()),
             y=_numbers(part["speed"].to_list()),
@@ -752,7 +789,7 @@ def roofline(table: pd.DataFrame, title: str, x: str, y: str) -> go.Figure:
             mode="lines",
             line={
                 "color": PALETTE[index % len(PALETTE)],
-                "width": 2.5,
+                "width": widths[index],
                 "dash": ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")[index % 6],
             },
             hovertemplate="%{x:.3g} -> %{y:.3g}<extra>%{fullData.name}</extra>",
@@ -780,17 +817,30 @@ def with_slider(figures: Mapping[str, go.Figure], prefix: str, start: str | None
         go.Frame(name=label, data=f.data, layout=_moving_parts(f), traces=list(range(len(f.data))))
         for label, f in figures.items()
     ]
+    below = 17 * max(map(_lines_below, figures.values()))
     options = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     slider = {
         "active": labels.index(start),
         "currentvalue": {"prefix": prefix, "font": {"size": 14}},
-        "pad": {"t": 44, "b": 4},
+        "pad": {"t": 44 + below, "b": 4},
+        "bgcolor": "#ffffff",  # plotly's own colours are as pale as light paper, and its ticks as dark as dark paper
+        "bordercolor": _MUTED,
+        "activebgcolor": _MUTED,
+        "tickcolor": _MUTED,
         "x": 0.04,
         "len": 0.92,
         "steps": [{"label": label, "method": "animate", "args": [[label], options]} for label in labels],
     }
-    height = (base.layout.height or HEIGHT) + 90
+    height = (base.layout.height or HEIGHT) + 90 + below
     return base.update_layout(sliders=[slider], height=height)
+
+
+def _lines_below(figure: go.Figure) -> int:
+    """How many lines more than one of tick labels and one of title there are under a figure's x axes."""
+    axes = [axis for name, axis in figure.layout.to_plotly_json().items() if name.startswith("xaxis")]
+    breaks = max((str(axis.get("title", {}).get("text", "")).count("<br>") for axis in axes), default=0)
+    places = [place for trace in figure.data for place in trace.to_plotly_json().get("x", ())]
+    return breaks + max((place.count("<br>") for place in places if isinstance(place, str)), default=0)
 
 
 def _moving_parts(figure: go.Figure) -> dict[str, object]:

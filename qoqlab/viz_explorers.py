@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
-from .viz import PALETTE, SEQUENTIAL, _layout, _legend_above, _numbers, pool_max
+from .viz import PALETTE, SEQUENTIAL, _colour_bar, _layout, _legend_above, _numbers, pool_max
 
 #: Bins of the histogram, and grid points beyond which lines would only paint the panel.
 BINS, MOST_LINES = 60, 64
@@ -60,11 +60,7 @@ def grid_and_error(values: torch.Tensor, points: torch.Tensor, error: torch.Tens
         zmin=0,
         zmax=max(float(pooled.quantile(0.99)), 1e-9),
         colorscale=SEQUENTIAL,
-        colorbar={
-            "title": {"text": "largest |error|", "side": "right", "font": {"size": 12}},
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
+        colorbar=_colour_bar("largest |error|"),
         hovertemplate="row %{y}, column %{x}: %{z:.3g}<extra></extra>",
         row=1,
         col=2,
@@ -94,11 +90,7 @@ def stage_map(report: pd.DataFrame, title: str) -> go.Figure:
             colorscale=SEQUENTIAL,
             zmin=5,
             zmax=25,
-            colorbar={
-                "title": {"text": "output SQNR (dB, higher is better)", "side": "right", "font": {"size": 12}},
-                "thickness": 12,
-                "outlinewidth": 0,
-            },
+            colorbar=_colour_bar("output SQNR (dB, higher is better)"),
             hovertemplate="layer %{y}, after %{x}: %{z:.2f} dB<extra></extra>",
         )
     )

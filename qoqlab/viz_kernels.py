@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from .viz import _INK, _MUTED, PALETTE, SEQUENTIAL, _layout, _legend_above, _log_axis, _numbers
+from .viz import _INK, _MUTED, PALETTE, SEQUENTIAL, _colour_bar, _layout, _legend_above, _log_axis, _numbers
 
 #: Fills of neighbouring fields of a word, for a 0 and for a 1: light enough for black digits.
 _FIELDS = (("#dcebf6", "#9cc7e6"), ("#fae3d5", "#efb08a"), ("#d4efe6", "#86cfb5"), ("#f6e6ee", "#dea9c6"))
@@ -88,7 +88,7 @@ def lane_cells(table: pd.DataFrame, lane: int, title: str) -> go.Figure:
             zmax=31,
             xgap=1,
             ygap=1,
-            colorbar={"title": {"text": "lane", "side": "right", "font": {"size": 12}}, "thickness": 12},
+            colorbar=_colour_bar("lane"),
             hovertemplate="output %{y}, input %{x}: lane %{z}<extra></extra>",
         )
     )

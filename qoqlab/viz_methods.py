@@ -6,12 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
-from .viz import _INK, _MUTED, PALETTE, SEQUENTIAL, _layout, _legend_above, _log_axis, _numbers, pool_max
+from .viz import (
+    _INK,
+    _MUTED,
+    PALETTE,
+    SEQUENTIAL,
+    _colour_bar,
+    _layout,
+    _legend_above,
+    _log_axis,
+    _numbers,
+    _widths,
+    pool_max,
+)
 
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x")
@@ -59,6 +72,10 @@ def error_curves(
     Logarithmic upwards. The number of traces is twice that of curves.
     """
     figure = go.Figure()
+    axis = _log_axis([torch.tensor([v for values in curves.values() for v in values], dtype=torch.float64)])
+    low, high = cast(list[float], axis["range"])
+    axis["range"] = low, high = [low - 0.08 * (high - low), high]  # room for the number under a star
+    widths = _widths([dict(zip(knob, values, strict=True)) for values in curves.values()], 2.2)
     labelled: set[tuple[str, str]] = set()  # curves may coincide, and with them the numbers under their stars
     for index, (name, values) in enumerate(curves.items()):
         colour = PALETTE[index % len(PALETTE)]
@@ -69,8 +86,8 @@ def error_curves(
             y=_numbers(values),
             name=name,
             mode="lines+markers",
-            line={"color": colour, "width": 2.2, "dash": _DASHES[index % len(_DASHES)]},
-            marker={"size": 6, "color": colour},
+            line={"color": colour, "width": widths[index], "dash": _DASHES[index % len(_DASHES)]},
+            marker={"size": 3.8 + widths[index], "color": colour},
             hovertemplate=f"{x}: %{{x:.3g}}<br>error %{{y:.3g}}<extra>{name}</extra>",
         )
         figure.add_scatter(
@@ -87,6 +104,7 @@ def error_curves(
             if place in labelled:
                 continue
             labelled.add(place)
+            above = _label_above(knob, curves, name, i, (high - low) / 264)
             figure.add_annotation(
                 x=knob[i],
                 y=math.log10(values[i]),
@@ -96,8 +114,8 @@ def error_curves(
                 opacity=0.9,
                 borderpad=0,
                 showarrow=False,
-                yanchor="top",
-                yshift=-9,
+                yanchor="bottom" if above else "top",
+                yshift=9 if above else -9,
             )
     _layout(
         figure,
@@ -108,10 +126,20 @@ def error_curves(
         showlegend=True,
         margin={"l": 70, "r": 30, "t": 96, "b": 60},
     )
-    axis = _log_axis([torch.tensor([v for values in curves.values() for v in values], dtype=torch.float64)])
-    low, high = cast(list[float], axis["range"])
-    axis["range"] = [low - 0.08 * (high - low), high]  # room for the number under a star
     return figure.update_yaxes(**axis)
+
+
+def _label_above(knob: Sequence[float], curves: Mapping[str, Sequence[float]], name: str, at: int, pixel: float) -> bool:
+    """Whether the number of the star at place ``at`` of a curve hides less of the curves above the star than below it, where
+    it lies otherwise. ``pixel``: the decades that a pixel is high."""
+    near = np.linspace(-20, 20, 9) * (max(knob) - min(knob)) / 520 + knob[at]  # as wide as a number on a page of 800 pixels
+    order = np.argsort(knob)
+    hidden = {-1: 0, 1: 0}
+    for values in curves.values():
+        line = np.interp(near, np.asarray(knob)[order], np.log10(np.asarray(values))[order]) - math.log10(curves[name][at])
+        for side in hidden:
+            hidden[side] += int(((9 * pixel < side * line) & (side * line < 27 * pixel)).sum())
+    return hidden[1] < hidden[-1]
 
 
 def attention_maps(exact: torch.Tensor, errors: Mapping[str, torch.Tensor], title: str) -> go.Figure:
@@ -138,11 +166,7 @@ def attention_maps(exact: torch.Tensor, errors: Mapping[str, torch.Tensor], titl
             zmax=float(pooled.quantile(0.98)) if column == 1 else top,
             colorscale=SEQUENTIAL,
             showscale=last,
-            colorbar={
-                "title": {"text": "|error|, probability", "side": "right", "font": {"size": 12}},
-                "thickness": 12,
-                "outlinewidth": 0,
-            },
+            colorbar=_colour_bar("|error|, probability"),
             hovertemplate="query %{y} looks at key %{x}: %{z:.3f}<extra></extra>",
             row=1,
             col=column,
@@ -333,11 +357,11 @@ def against(draws: pd.DataFrame, reference: str, title: str) -> go.Figure:
         )  # fmt: skip
     figure.add_vline(x=1, line={"color": _INK, "width": 1, "dash": "dot"})
     figure.update_xaxes(**_log_axis([torch.tensor(drawn, dtype=torch.float64)]))
-    figure.update_xaxes(title_text=f"times the loss of {reference} (log scale)", row=len(models))
+    figure.update_xaxes(title_text=f"times the loss of {reference}<br>(log scale)", row=len(models))
     figure.update_yaxes(categoryorder="array", categoryarray=methods, range=[len(methods) - 0.5, -0.5])
     below = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom"}
     _layout(
-        figure, title, height=190 + 34 * len(methods) * len(models), legend=below, showlegend=True,
-        margin={"l": 70, "r": 30, "t": 84, "b": 110},
+        figure, title, height=208 + 34 * len(methods) * len(models), legend=below, showlegend=True,
+        margin={"l": 70, "r": 30, "t": 84, "b": 128},
     )  # fmt: skip
     return figure.update_yaxes(title_text="method", col=1).update_annotations(font_size=12)

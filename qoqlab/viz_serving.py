@@ -214,7 +214,8 @@ def published_and_bound(table: pd.DataFrame, title: str, against: str = "bound")
     """
     figure = go.Figure()
     systems, gpus = list(dict.fromkeys(table["system"])), list(dict.fromkeys(table["gpu"]))
-    low, high = float(table["tokens_per_s"].min()), float(table[against].max())
+    both = [float(speed) for column in ("tokens_per_s", against) for speed in table[column]]
+    low, high = min(both), max(both)  # as far as any mark
     name = "the bound" if against == "bound" else against
     for factor, dash, text in ((1.0, "solid", f"as fast as {name}"), (0.5, "dot", "half of it")):
         figure.add_scatter(

@@ -53,6 +53,14 @@ def test_what_is_drawn_stands_out_from_the_paper():
         assert contrast(viz._INK, fill) >= 4.5, f"text on {fill}, by day"
 
 
+def test_the_knob_of_a_slider_stands_out_by_day_and_by_night():
+    figure = FIGURES["frames"]()
+    for paper, shown in (("#ffffff", figure), (themes.DARK_PAPER, themes.dark(figure))):
+        slider = shown.layout.sliders[0]
+        assert contrast(slider.bordercolor, paper) >= 3 and contrast(slider.bordercolor, slider.bgcolor) >= 3, paper
+        assert contrast(slider.tickcolor, paper) >= 3, paper
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_light_paper_and_no_dark_ink_are_left(name):
     figure = FIGURES[name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -234,6 +235,11 @@ def test_comparison_without_runtime_or_losses():
     assert {name for t in figure.data for name in t.y} == {"fp16"}
 
 
+def test_comparison_says_what_it_counts():
+    figure = viz.comparison(COMPARED, "in per cent", "perplexity lost (%)")
+    assert {figure.layout[name].title.text for name in ("xaxis", "xaxis4")} == {"perplexity lost (%)"}
+
+
 def test_trade_off_separates_the_stairs_from_the_rest():
     stairs, beaten, worth = viz.trade_off(*COST).data
     assert [name.strip() for name in worth.text] == ["plain", "grouped", "careful"], "16 bits lose to 8 that lose nothing"
@@ -252,3 +258,38 @@ def test_slider_swaps_whole_figures():
     assert len(figure.layout.sliders[0].steps) == 3
     with pytest.raises(ValueError, match="same number of traces"):
         viz.with_slider({"a": go.Figure(go.Scatter()), "b": go.Figure()}, "x: ")
+
+
+def test_a_slider_has_room_under_labels_and_titles_of_several_lines():
+    reports = REPORT.assign(stage="clip"), REPORT
+    plain, broken = (viz.with_slider({"a": viz.waterfall(report)}, "model: ") for report in reports)
+    assert broken.layout.sliders[0].pad.t - plain.layout.sliders[0].pad.t == broken.layout.height - plain.layout.height == 17
+    titled = viz.with_slider({"c": viz.outlier_map(TOKENS, "map").update_xaxes(title_text="one<br>two<br>three")}, "model: ")
+    assert titled.layout.sliders[0].pad.t - plain.layout.sliders[0].pad.t == 34
+
+
+@pytest.mark.parametrize(
+    ("high", "room", "shown"),
+    [
+        (20.0, 6, ["1", "2", "5", "10", "20"]),
+        (500.0, 6, ["1", "3", "10", "30", "100", "300"]),
+        (500.0, 4, ["1", "10", "100"]),
+        (1e6, 6, ["1", "10", "100", "1000", "10000", "100000", "10<sup>6</sup>"]),
+    ],
+)
+def test_a_log_axis_names_as_many_ticks_as_there_is_room_for(high, room, shown):
+    axis = viz._log_axis([torch.tensor([1.0, high], dtype=torch.float64)], room)
+    (low, top), names = axis["range"], zip(axis["tickvals"], axis["ticktext"], strict=True)
+    assert [name for at, name in names if low <= math.log10(at) <= top] == shown
+
+
+def test_a_line_under_another_one_is_wider():
+    slow = pd.DataFrame({"precision": "W8A8", "intensity": [1.0, 100.0], "speed": [2.0, 400.0]})
+    figure = viz.roofline(pd.concat([ROOF, slow, ROOF.assign(precision="W4A4")]), "roof", "tokens", "TOP/s")
+    assert [trace.line.width for trace in figure.data] == [5.5, 2.5, 2.5]
+
+
+@pytest.mark.parametrize("name", ["outlier_map", "outlier_map_log", "outlier_surface"])
+def test_colour_bars_have_titles_no_larger_than_those_of_axes(name):
+    bar = FIGURES[name]().data[0].colorbar
+    assert "|x|" in bar.title.text and bar.title.font.size <= 13

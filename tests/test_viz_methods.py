@@ -78,3 +78,25 @@ def test_methods_are_compared_draw_by_draw():
     assert list(level.x) == pytest.approx([1.0, 0.9975**0.5]) and level.error_x.arrayminus[1] > 0.01
     _, nothing, _, both = viz_methods.against(DRAWS, "b", "title").data[:4]
     assert not len(nothing.y) and list(both.y) == ["a", "c"]
+
+
+def test_axis_titles_of_two_panels_fit_a_narrow_page():
+    draws = DRAWS.assign(method=DRAWS["method"].map({"a": "atom-w4a8kv4-g128", "b": "qoq-g128", "c": "qoq-plus"}))
+    both = pd.concat([draws, draws.assign(text="other")])
+    figure = viz_methods.against(both, "atom-w4a8kv4-g128", "title")
+    lines = figure.layout.xaxis.title.text.split("<br>")
+    assert max(map(len, lines)) * 6.5 < 0.46 * 570, "letters of 6.5 pixels, two panels on 570"
+
+
+def test_a_number_keeps_off_the_curves_where_it_can():
+    knob = [i / 10 for i in range(11)]
+    valley = [10 ** (4 * (x - 0.5) ** 2) for x in knob]
+    for shift, side in ((0.85, "bottom"), (1.18, "top"), (0.1, "top")):
+        figure = viz_methods.error_curves(knob, {"a": valley, "b": [shift] * 11}, "t", "x", "y", marked=["a"])
+        assert figure.layout.annotations[0].yanchor == side, f"another curve at {shift}, the star at 1"
+
+
+def test_a_curve_under_another_one_is_wider():
+    curves = {"a": [2.0, 1.0], "b": [2.0, 1.001], "c": [1.0, 2.0]}
+    figure = viz_methods.error_curves([0.0, 1.0], curves, "t", "x", "y")
+    assert [trace.line.width for trace in figure.data[::2]] == pytest.approx([5.2, 2.2, 2.2])

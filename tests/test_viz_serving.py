@@ -132,6 +132,8 @@ def test_published_may_stand_against_a_prediction():
     figure = viz_serving.published_and_bound(predicted, "title", "predicted")
     marks = [t for t in figure.data if t.mode == "markers" and len(t.x)]
     assert [float(t.x[0]) for t in marks] == [60, 250] and "predicted" in figure.layout.xaxis.title.text
+    everything = [*predicted["tokens_per_s"], *predicted["predicted"]]
+    assert list(figure.data[0].x) == [min(everything), max(everything)], "the line goes as far as the marks"
 
 
 def test_rounds_are_bars_with_their_number_and_a_mark_where_something_was_predicted():
