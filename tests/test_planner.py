@@ -116,7 +116,7 @@ def test_four_bits_hold_several_times_as_many():
     ("call", "message"),
     [
         (lambda: planner.largest_batch(LLAMA, QOQ, 0, 1), "budget: expected a finite, positive number of bytes, got 0"),
-        (lambda: planner.largest_batch(LLAMA, QOQ, "80", 1), "budget: expected a finite, positive number of bytes, got '80'"),
+        (lambda: planner.largest_batch(LLAMA, QOQ, "80", 1), "budget: .* got '80'"),
         (lambda: planner.largest_batch(LLAMA, QOQ, math.inf, 1), "budget: .* got inf"),
         (lambda: planner.largest_batch(LLAMA, QOQ, math.nan, 1), "budget: .* got nan"),
         (lambda: planner.memory(LLAMA, QOQ, 0, 1), "batch"),

@@ -1,10 +1,10 @@
 """What fits: bytes of weights, cache and everything in between, and the largest batch that a memory budget allows.
 
 `Memory.total` foresees what PyTorch's allocator hands out at most during a round (``torch.cuda.max_memory_allocated``). The
-records of serving in ``data/benchmarks`` keep both, and a test holds them within 3 % of each other, but for exceptions that it
-names. What PyTorch does not hand out to tensors is in neither: the CUDA context, loaded kernels, what the allocator reserves
-without using it, and what captured graphs use of their private pools while they run. `CONTEXT` is set aside for that, a guess that
-nothing checks but that the rounds which fill a card did run.
+records of serving in ``data/benchmarks`` keep both, and a test holds them within 3 % of each other, but for exceptions which
+it names. What PyTorch does not hand out to tensors is in neither: the CUDA context, loaded kernels, what the allocator
+reserves without using it, and what captured graphs use of their private pools while they run. `CONTEXT` is set aside for
+that, a guess which nothing checks, except that the rounds which fill a card did run.
 """
 
 from __future__ import annotations
