@@ -188,6 +188,23 @@ def test_a_record_of_a_run_is_replayed(tmp_path, monkeypatch, capsys):
     assert script.surface_of(record, "Llama-3-8B", "W4A8KV4") == replace(H200, sequences=7)
 
 
+def test_a_real_server_takes_longer_than_its_predicted_surface_and_as_long_as_its_own():
+    """What `surface` says of itself, and what lesson 12 says of its explorer."""
+    path = Path(__file__).parents[1] / "data" / "benchmarks" / "serve_arrivals_h200.json"
+    record = json.loads(path.read_text())["results"][0]
+    steps, prefills, requests = (pd.DataFrame(record[name]) for name in ("steps", "prefills", "requests"))
+    room = {name: record[name] for name in ("sequences", "tokens", "turn")}
+    predicted = replace(H200, **room)
+    own = replace(measured_surface(steps, prefills, room["sequences"], room["tokens"]), **room)
+    assert fleet.replay(requests, own)["error"].abs().max() < 0.15
+    assert fleet.replay(requests, predicted)["error"].max() < -0.15
+    for low, high in ((1, 16), (16, 48), (48, 65)):
+        part = steps[(steps["batch"] >= low) & (steps["batch"] < high)]
+        told = [predicted.decode_seconds(1, b, c) for b, c in zip(part["batch"], part["cached"], strict=True)]
+        assert len(part) > 20 and sum(told) < 0.85 * part["seconds"].sum()
+    assert sum(predicted.prefill_seconds([p]) for p in prefills["prompts"]) < 0.95 * prefills["seconds"].sum()
+
+
 def test_a_surface_is_found_from_measured_times():
     rng = np.random.default_rng(0)
     steps = pd.DataFrame({"batch": rng.integers(1, 300, 40), "cached": rng.integers(1, 10**6, 40)})
