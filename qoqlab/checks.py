@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from enum import Enum
+from typing import Any
 
 import torch
 
@@ -39,6 +41,16 @@ def require_tensor(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a torch.Tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def require_columns(name: str, table: Any, columns: Iterable[str]) -> None:
+    """Raise ValueError unless ``table``, a DataFrame, has these columns."""
+    wanted, there = list(columns), list(table)
+    if missing := [column for column in wanted if column not in there]:
+        raise ValueError(
+            f"{name}: expected columns {', '.join(wanted)}, got {', '.join(map(str, there)) or 'none'}; "
+            f"missing {', '.join(missing)}"
+        )
 
 
 def require_positive(name: str, value: object) -> None:

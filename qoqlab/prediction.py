@@ -112,10 +112,10 @@ class System:
     partial_sums: bool = field(default=False, kw_only=True)
 
 
-#: Fitted on 157 measurements of our kernels on one H200, median error 7 %, of rounds of serving 4 %. Unpacking shows in none
-#: of them.
+#: Fitted on measurements of our kernels and our server on one H200; ``data/benchmarks/calibration.json`` has the error of
+#: each. Unpacking shows in none of them.
 OURS = System("qoqlab", Efficiency(0.99, 0.935, 0.659, 0.507, 0.0, 3.86e-6, 7.77e-6, 9.15e-6, 0.403))
-#: Fitted on 85 measurements on the same card: cuBLAS, torch's fastest attention, what is between fused by torch.compile.
+#: Fitted on measurements on the same card: cuBLAS, torch's fastest attention, what is between fused by torch.compile.
 TORCH_FP16 = System("torch fp16", Efficiency(1.0, 0.986, 0.955, 0.532, 0.0, 3.81e-6, 7.03e-6, 22.4e-6, 0.575))
 #: torch's systems by format. Of 8 bits only what 6 measurements each can tell differs from fp16.
 TORCH = {

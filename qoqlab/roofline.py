@@ -69,8 +69,15 @@ class Bound:
         return "memory" if self.memory >= self.compute else "compute"
 
 
+def require_scheme(scheme: object) -> None:
+    """Raise TypeError for anything but a `Scheme`; its name would not do."""
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f'scheme: expected a Scheme, such as roofline.PRECISIONS["W4A8KV4"], got {scheme!r}')
+
+
 def unit(scheme: Scheme) -> str:
     """What tensor cores multiply: both operands as wide as the wider of them, so activations decide."""
+    require_scheme(scheme)
     form = scheme.activations
     grid = form.grid if isinstance(form, ActivationFormat) else form
     return "fp16" if grid is None else f"int{grid.bits}"
@@ -78,6 +85,7 @@ def unit(scheme: Scheme) -> str:
 
 def weight_bits(scheme: Scheme, columns: int) -> float:
     """Stored bits per weight of a row with ``columns`` inputs, scales and zeros included."""
+    require_scheme(scheme)
     return 8.0 * FP16 if scheme.weights is None else scheme.weights.bits_per_weight(columns)
 
 
@@ -89,6 +97,7 @@ def weight_bytes(model: Geometry, scheme: Scheme) -> float:
 
 def cache_bytes_per_token(model: Geometry, scheme: Scheme) -> float:
     """Bytes that one token leaves behind in the KV cache, over all layers, scales and zeros included."""
+    require_scheme(scheme)
     return model.layers * 2 * model.kv_heads * model.head_dim * scheme.kv_bits_per_value(model.head_dim) / 8
 
 

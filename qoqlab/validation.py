@@ -1,4 +1,4 @@
-"""Predictions beside published throughput: an error for every cell, a reason for every large one, and dollars.
+"""Predictions beside published throughput: an error for every cell, what the table says to every large one, and dollars.
 
 Published systems have efficiencies of their own (`prediction.PUBLISHED`), one set a system for all its formats and both
 cards. They are fitted on the table that they are compared with, so their errors say whether a handful of numbers can
@@ -24,7 +24,7 @@ from .schemes import Scheme
 SERVED = {"fp16": "fp16", "W4A16": "W4A16", "W8A8": "W8A8KV8", "W4A4": "W4A4KV4", "W4A8KV4": "W4A8KV4"}
 #: No server of the table ran more sequences at once.
 MOST = 256
-#: Errors above this share get a reason.
+#: Errors above this share get a remark.
 LARGE = 0.25
 #: What the table itself can tell: too little to find all of a system's numbers, so these keep their defaults.
 FIXED = frozenset({"gemm_seconds", "attention_seconds"})
@@ -79,7 +79,7 @@ def fitted(rows: pd.DataFrame) -> dict[str, Efficiency]:
 
 def compared(rows: pd.DataFrame, efficiencies: dict[str, Efficiency] | None = None) -> pd.DataFrame:
     """``rows`` (of `served`) with columns ``used_batch``, ``bound``, ``predicted`` (tokens per second), ``error``
-    (predicted over published, minus 1) and ``reason``, empty where the error is at most 25 %.
+    (predicted over published, minus 1) and ``reason``, empty where the error is at most 25 % (`reason` says what it tells).
 
     ``efficiencies`` by system; `prediction.PUBLISHED` where none are given.
     """
@@ -103,7 +103,12 @@ def foreseen(rows: pd.DataFrame, gpu: str) -> pd.DataFrame:
 
 
 def reason(row: Any, c: Cell, efficiency: Efficiency, table: pd.DataFrame) -> str:
-    """Why a prediction is far off, from what the table itself says."""
+    """What the table itself says to a prediction that is far off.
+
+    INT8 that is no faster than the same system's 16 bits is a reason. A batch that nobody published is none, only an open
+    question: throughput grows with the batch from next to nothing, so a prediction above the published figure nearly always
+    meets it at some smaller batch. The text says which one would be consistent.
+    """
     same = table[(table["gpu"] == row.gpu) & (table["system"] == row.system) & (table["model"] == row.model)]
     wide = same[same["precision"].isin(("fp16", "W4A16"))]["tokens_per_s"].max()
     if row.error > 0 and row.precision == "W8A8" and row.tokens_per_s < 1.2 * wide:
@@ -113,15 +118,16 @@ def reason(row: Any, c: Cell, efficiency: Efficiency, table: pd.DataFrame) -> st
         )
     if pd.isna(row.batch):
         # more at once is faster, so a search by halves finds the batch
-        above = bisect.bisect_left(range(1, 2 * MOST), row.tokens_per_s, key=lambda b: c.throughput(efficiency, b)) + 1
+        above = bisect.bisect_left(range(1, c.batch), row.tokens_per_s, key=lambda b: c.throughput(efficiency, b)) + 1
         rates = {b: c.throughput(efficiency, b) for b in (max(1, above - 1), above)}
         near, rate = min(rates.items(), key=lambda item: abs(item[1] - row.tokens_per_s))
         if abs(rate / row.tokens_per_s - 1) < 0.1:
             return (
-                f"the batch is not published: with {near} sequences at once, instead of the {c.batch} that memory would "
-                f"hold, the prediction is {rate:.0f}"
+                f"the batch is not published: {row.tokens_per_s:.0f} tokens/s would be consistent with a batch of {near}, "
+                f"for which the prediction is {rate:.0f}; memory would hold {c.batch}"
             )
-    return f"no batch explains it: the system reaches {row.tokens_per_s / row.bound:.0%} of the bound, less than elsewhere"
+    than = "less" if row.error > 0 else "more"
+    return f"no batch explains it: the system reaches {row.tokens_per_s / row.bound:.0%} of the bound, {than} than elsewhere"
 
 
 def dollars(table: pd.DataFrame, prices: pd.DataFrame, rate: str = "tokens_per_s") -> pd.DataFrame:

@@ -25,6 +25,8 @@ from qoqlab.serve.surface import Surface, measured_surface, surface
 CONSTANT = Surface(1e-3, 0, 0, 0, 0, sequences=1, tokens=10**9)
 #: Every kind of cost, and little memory.
 SMALL = Surface(2e-3, 3e-4, 1e-6, 1e-3, 2e-5, sequences=5, tokens=400, per_square=1e-7, burst=120)
+STEPS = pd.DataFrame({"batch": [1, 2, 4], "cached": [8, 9, 90], "seconds": [1e-3, 2e-3, 3e-3]})
+PREFILLS = pd.DataFrame({"prompts": [10, 100], "seconds": [1e-3, 2e-3]})
 LLAMA, KV4 = MODELS["Llama-3-8B"], PRECISIONS["W4A8KV4"]
 H200 = surface(LLAMA, KV4, GPUS["H200"])
 
@@ -186,6 +188,23 @@ def test_a_record_of_a_run_is_replayed(tmp_path, monkeypatch, capsys):
     assert script.surface_of(record, "Llama-3-8B", "W4A8KV4") == replace(H200, sequences=7)
 
 
+def test_a_real_server_takes_longer_than_its_predicted_surface_and_as_long_as_its_own():
+    """What `surface` says of itself, and what lesson 12 says of its explorer."""
+    path = Path(__file__).parents[1] / "data" / "benchmarks" / "serve_arrivals_h200.json"
+    record = json.loads(path.read_text())["results"][0]
+    steps, prefills, requests = (pd.DataFrame(record[name]) for name in ("steps", "prefills", "requests"))
+    room = {name: record[name] for name in ("sequences", "tokens", "turn")}
+    predicted = replace(H200, **room)
+    own = replace(measured_surface(steps, prefills, room["sequences"], room["tokens"]), **room)
+    assert fleet.replay(requests, own)["error"].abs().max() < 0.15
+    assert fleet.replay(requests, predicted)["error"].max() < -0.15
+    for low, high in ((1, 16), (16, 48), (48, 65)):
+        part = steps[(steps["batch"] >= low) & (steps["batch"] < high)]
+        told = [predicted.decode_seconds(1, b, c) for b, c in zip(part["batch"], part["cached"], strict=True)]
+        assert len(part) > 20 and sum(told) < 0.85 * part["seconds"].sum()
+    assert sum(predicted.prefill_seconds([p]) for p in prefills["prompts"]) < 0.95 * prefills["seconds"].sum()
+
+
 def test_a_surface_is_found_from_measured_times():
     rng = np.random.default_rng(0)
     steps = pd.DataFrame({"batch": rng.integers(1, 300, 40), "cached": rng.integers(1, 10**6, 40)})
@@ -215,17 +234,36 @@ def test_ten_thousand_gpus_cost_what_they_do_busy_or_not():
         (lambda: SMALL.capacity(400, 1), "prompt: 400"),
         (lambda: simulate(poisson(1, 3, prompt=400), SMALL), "requests: one of 912 tokens"),
         (lambda: simulate(poisson(1, 3, 1, 1).iloc[::-1], SMALL), "requests: arrivals have to be in order"),
-        (lambda: simulate(poisson(1, 3, 1, 1).assign(output=0), SMALL), "requests: prompt and output"),
+        (lambda: simulate(poisson(1, 3, 1, 1).assign(output=0), SMALL), "requests: output is a whole number .*, got 0"),
+        (lambda: simulate(poisson(1, 3, 1, 1).assign(prompt=1.5), SMALL), r"requests: prompt is a whole .* 1\.5"),
+        (lambda: simulate(poisson(1, 3).drop(columns="output"), SMALL), "requests: expected columns .* missing output"),
+        (lambda: simulate(poisson(1, 3).assign(arrival=[-1.0, 0, 1]), SMALL), "requests: arrival is in seconds .* -1.0"),
+        (lambda: simulate(poisson(1, 3).assign(arrival=[0, math.nan, 1]), SMALL), "requests: arrival is in seconds .* nan"),
+        (lambda: fleet.replay(poisson(1, 3), SMALL), "measured: expected columns .* missing first, finish"),
+        (lambda: latencies(poisson(1, 3)), "served: expected columns .* missing first, finish"),
+        (lambda: fleet.load_curve({"a": SMALL}, [1.0, math.nan], 1, 1.0), "loads: expected positive numbers .* nan"),
+        (lambda: SMALL.capacity(0, 5), "prompt: expected a positive integer, got 0"),
+        (lambda: SMALL.capacity(5, 0), "output: expected a positive integer, got 0"),
         (lambda: simulate(poisson(1, 3), SMALL, 0), "gpus: expected a positive integer"),
         (lambda: poisson(0, 3), "rate: expected a positive number"),
         (lambda: latencies(poisson(1, 3), 1.0), "warm_up: a share"),
         (lambda: surface(LLAMA, KV4, GPUS["H200"], memory=4e9), "memory: 4 GiB leave no room"),
         (lambda: measured_surface(pd.DataFrame(), pd.DataFrame(), 1, 1), "steps: at least 3 measurements"),
+        (lambda: measured_surface(STEPS.assign(seconds=0), PREFILLS, 1, 1), r"steps: seconds are positive .* 0\.0"),
+        (lambda: measured_surface(STEPS, PREFILLS.assign(seconds=[1, math.nan]), 1, 1), "prefills: seconds are .* nan"),
+        (lambda: measured_surface(STEPS.assign(cached=-1), PREFILLS, 1, 1), r"steps: cached are numbers .* -1\.0"),
+        (lambda: measured_surface(STEPS.drop(columns="batch"), PREFILLS, 1, 1), "steps: expected columns .* missing batch"),
     ],
 )
 def test_bad_input_is_named(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_loads_that_no_fleet_can_take_leave_an_empty_table_with_its_columns():
+    full = fleet.load_curve({"a": H200}, [1.0], 1, 3.6, Traffic(count=20))
+    none = fleet.load_curve({"a": H200}, [1e9], 1, 3.6, Traffic(count=20))
+    assert none.empty and list(none) == list(full) and len(full) == 1 and not full.isna().any().any()
 
 
 def test_no_requests_are_served_at_once():

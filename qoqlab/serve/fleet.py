@@ -23,7 +23,7 @@ import pandas as pd
 import simpy
 
 from .. import roofline
-from ..checks import require_count, require_enum
+from ..checks import require_columns, require_count, require_enum
 from .surface import Surface
 
 
@@ -168,15 +168,20 @@ def simulate(
     """``requests`` (columns ``arrival``, ``prompt``, ``output``, in order of arrival: of `poisson`, or a trace) served.
 
     Adds ``gpu``, ``first`` and ``finish``: seconds at which a request got its first token and its last. ``seed`` is for
-    RANDOM. ValueError for requests out of order, empty ones, or one that no GPU can hold.
+    RANDOM. ValueError for a column missing, arrivals that are negative, no numbers or out of order, prompts and outputs that
+    are not whole numbers of at least one token, or a request that no GPU can hold.
     """
     require_enum("router", router, Router)
     require_count("gpus", gpus, 1)
+    require_columns("requests", requests, ("arrival", "prompt", "output"))
     arrival, prompt, output = (requests[name].to_numpy() for name in ("arrival", "prompt", "output"))
+    if not (right := np.isfinite(arrival) & (arrival >= 0)).all():
+        raise ValueError(f"requests: arrival is in seconds of at least 0, got {float(arrival[~right][0])!r}")
     if len(requests) and (np.diff(arrival) < 0).any():
         raise ValueError("requests: arrivals have to be in order; sort them by arrival")
-    if len(requests) and min(prompt.min(), output.min()) < 1:
-        raise ValueError("requests: prompt and output have at least one token each")
+    for name, tokens in (("prompt", prompt), ("output", output)):
+        if not (right := np.isfinite(tokens) & (tokens >= 1) & (tokens % 1 == 0)).all():
+            raise ValueError(f"requests: {name} is a whole number of at least one token, got {tokens[~right][0]}")
     if len(requests) and (longest := int((prompt + output).max())) > surface.tokens:
         raise ValueError(f"requests: one of {longest} tokens is more than the {surface.tokens} that fit on a GPU")
     env, loads = simpy.Environment(), _Loads(gpus)
@@ -201,15 +206,20 @@ def simulate(
     return requests.assign(gpu=targets, first=results[:, 0], finish=results[:, 1])
 
 
+#: Names of what `latencies` gives.
+LATENCIES = tuple(f"{name}_{kind}" for name in ("ttft", "total", "tpot") for kind in ("mean", "p50", "p95", "p99"))
+
+
 def latencies(served: pd.DataFrame, warm_up: float = 0.1) -> dict[str, float]:
     """Seconds: mean, median, 95th and 99th percentile of the time to the first token (``ttft_``), to the last (``total_``),
     and between tokens (``tpot_``, a request's mean; requests of one token left out).
 
     The first ``warm_up`` of the requests is left out: they find an empty fleet. ``served`` is what `simulate` returns, or a
-    real server's own record with the same columns.
+    real server's own record with the same columns. ValueError where one of them is missing.
     """
     if not 0 <= warm_up < 1:
         raise ValueError(f"warm_up: a share of the requests, 0 <= warm_up < 1, got {warm_up!r}")
+    require_columns("served", served, ("arrival", "output", "first", "finish"))
     part = served.iloc[int(warm_up * len(served)) :]
     if part.empty:
         raise ValueError("served: no request is left to measure")
@@ -231,8 +241,9 @@ def replay(measured: pd.DataFrame, surface: Surface) -> pd.DataFrame:
 
     ``measured``: columns ``arrival``, ``prompt``, ``output``, and what was measured, ``first`` and ``finish``. Returns a row
     for the mean and the 95th percentile of the time to the first token and to the last: ``measured``, ``simulated``,
-    ``error`` (simulated over measured, minus 1).
+    ``error`` (simulated over measured, minus 1). ValueError as from `simulate`.
     """
+    require_columns("measured", measured, ("arrival", "prompt", "output", "first", "finish"))
     ordered = measured.sort_values("arrival", kind="stable").reset_index(drop=True)
     real = latencies(ordered, warm_up=0.0)
     ours = latencies(simulate(ordered[["arrival", "prompt", "output"]], surface), warm_up=0.0)
@@ -265,13 +276,17 @@ def load_curve(
     """Latency and cost against load, one row for every name in ``surfaces`` and every load (requests per second of the whole
     fleet): columns ``precision``, ``load``, ``utilisation`` (of the capacity at full batch), the `latencies`, and
     ``dollars_per_million`` generated tokens with a card at ``hourly`` dollars, busy or not. Loads beyond 98 % of a
-    fleet's capacity have no steady state and are left out.
+    fleet's capacity have no steady state and are left out; where all are, the table has these columns and no row. ValueError
+    for a load that is no positive number.
 
     More than `SAMPLE` GPUs are not simulated one by one. With a router that draws at random every GPU is a server of its own
     with its own Poisson stream, so a sample stands for all, exactly. The least loaded router used here evens out more the
     more GPUs it sees: a large fleet is at least as good as its sample.
     """
     require_count("gpus", gpus, 1)
+    for load in loads:
+        if not (math.isfinite(load) and load > 0):
+            raise ValueError(f"loads: expected positive numbers of requests per second, got {load!r}")
     traffic = traffic or Traffic()
     rows = []
     some = min(gpus, SAMPLE)
@@ -286,4 +301,4 @@ def load_curve(
             cost = roofline.dollars_per_million(load * traffic.output, gpus * hourly)
             row = {"precision": name, "load": load, "utilisation": load / capacity, **found, "dollars_per_million": cost}
             rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["precision", "load", "utilisation", *LATENCIES, "dollars_per_million"])

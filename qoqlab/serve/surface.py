@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .. import prediction, roofline
-from ..checks import require_count
+from ..checks import require_columns, require_count
 from ..machines import Geometry, Gpu
 from ..prediction import OURS, System
 from ..schemes import Scheme
@@ -69,7 +69,9 @@ class Surface:
         return self.prefill + self.per_prompt * sum(prompts) + self.per_square * sum(p * p for p in prompts)
 
     def most(self, prompt: int, output: int) -> int:
-        """How many such requests run at once."""
+        """How many such requests run at once. Raises ValueError unless both are positive integers, as `capacity` does."""
+        require_count("prompt", prompt, 1)
+        require_count("output", output, 1)
         return min(self.sequences, self.tokens // (prompt + output))
 
     def capacity(self, prompt: int, output: int) -> float:
@@ -86,6 +88,10 @@ def surface(
     model: Geometry, scheme: Scheme, gpu: Gpu, system: System = OURS, memory: float | None = None, most: int = 256
 ) -> Surface:
     """The predicted surface (`prediction`): affine because predicted times add.
+
+    A prediction knows kernels, not all that a server does. The steps and prefills of a server under random arrivals
+    (``data/benchmarks/serve_arrivals_h200.json``) took longer, why is not known yet: latencies by this surface are a lower
+    bound, and comparing formats is what it is for. `measured_surface` has no such gap.
 
     ``memory`` in bytes emulates a smaller card; ``most`` is how many sequences run at once even if more fit. ValueError if
     the weights leave no room.
@@ -125,11 +131,22 @@ def measured_surface(steps: pd.DataFrame, prefills: pd.DataFrame, sequences: int
     """A surface from measured times, by least squares of the relative error.
 
     ``steps``: columns ``batch``, ``cached`` (tokens of all sequences) and ``seconds``; ``prefills``: columns ``prompts``
-    (tokens of all) and ``seconds``. ValueError with fewer than three steps or two prefills.
+    (tokens of all) and ``seconds``. ValueError with fewer than three steps or two prefills, a column missing, seconds that
+    are not positive, or tokens and sequences that are no numbers of at least 0.
     """
-    for name, table, least in (("steps", steps, 3), ("prefills", prefills, 2)):
+    for name, table, least, columns in (
+        ("steps", steps, 3, ("batch", "cached")),
+        ("prefills", prefills, 2, ("prompts",)),
+    ):
         if len(table) < least:
             raise ValueError(f"{name}: at least {least} measurements are needed, got {len(table)}")
+        require_columns(name, table, (*columns, "seconds"))
+        for column in (*columns, "seconds"):
+            values = table[column].to_numpy(dtype=float)
+            wrong = ~np.isfinite(values) | (values < 0) | ((values == 0) & (column == "seconds"))
+            if wrong.any():
+                rule = "positive numbers" if column == "seconds" else "numbers of at least 0"
+                raise ValueError(f"{name}: {column} are {rule}, got {float(values[wrong][0])!r}")
     step = prediction.least_squares(
         np.stack([np.ones(len(steps)), steps["batch"], steps["cached"]], 1), steps["seconds"].to_numpy()
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
@@ -111,3 +113,34 @@ def test_what_does_not_fit_is_left_out_with_a_line(
     assert "Llama-3-8B in fp16 left out: it does not fit\n" in said
     assert "Llama-3-8B in w4a16 left out: out of memory\n" in said
     assert bench_serve.main(["--precision", "fp16"]) == 2 and "it does not fit" in capsys.readouterr().err
+
+
+def test_lesson_12_measures_where_there_is_a_gpu_and_says_what_it_skips_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The GPU branch of the lesson's cell, on the benchmark's real options and real signatures."""
+    notebook = nbformat.read(Path(__file__).parents[2] / "notebooks" / "12_serving.ipynb", as_version=4)
+    (cell,) = (cell for cell in notebook.cells if "gpu" in cell.metadata.get("tags", []))
+    (output,) = cell.outputs
+    assert output.text.startswith("GPU cell skipped: there is no CUDA GPU here.\n")
+    commands = [line.split(": ", 1)[1] for line in output.text.splitlines() if f"python -m {bench_serve.MODULE}" in line]
+    for command in commands:
+        bench_serve.options(command.split()[3:])
+    assert len(commands) == 1
+    signature, jobs = inspect.signature(bench_serve.measured), []
+    assert {"tokens_per_s", "predicted_tokens_per_s"} <= set(bench_serve.COLUMNS)
+
+    def measured(*arguments: object) -> Iterator[dict]:
+        given = signature.bind(*arguments).arguments
+        jobs.append((given["model"].name, given["model"].layers, given["precision"], given["known"].batches))
+        yield {"tokens_per_s": 1234.0, "predicted_tokens_per_s": 1300.0 if given["precision"] == "fp16" else None}
+
+    monkeypatch.setattr(bench_serve, "measured", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    exec(compile(cell.source, "cell", "exec"), {"torch": torch})
+    assert jobs == [("Llama-3-8B", 4, precision, "64") for precision in ("fp16", "w4a8kv4-g128")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["fp16", "1,234", "tokens/s,", "predicted", "1,300"],
+        ["w4a8kv4-g128", "1,234", "tokens/s,", "predicted", "nan"],
+    ]
