@@ -173,7 +173,7 @@ def _control(name: str, values: Range, parameters: Any) -> Any:
     style = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
     if isinstance(start, bool):
         return ipywidgets.Checkbox(start, indent=False, **style)
-    wide = style | {"layout": {"width": "420px"}}
+    wide = style | {"layout": {"width": "420px", "max_width": "100%"}}  # never wider than the page
     if isinstance(values, list):
         if start not in values:
             raise ValueError(f"{name}: the default {start!r} is not among the options {values!r}")
