@@ -288,7 +288,7 @@ def press(page, element, key: str) -> None:
 
 
 def at_rest(page, read) -> str:
-    """What ``read()`` gives once it has not changed for a second: what a cell moved may still be on its way to the figure."""
+    """What ``read()`` gives once it has not changed for a second: what a cell moved may still be on its way to a figure."""
     seen = [read()]
 
     def calm() -> bool:
