@@ -94,9 +94,10 @@ def formulas(markdown: str) -> str:
         code, block, inline = found.groups()
         if code:
             return code
-        if block:
-            return "\n\n" + convert(block.strip(), display="block").translate(_MARKS) + "\n\n"
-        return convert(inline).translate(_MARKS)
+        formula = convert(block.strip(), display="block") if block else convert(inline)
+        # browsers stretch the bar that opens a norm and not the one that has the exponent
+        formula = formula.replace("<mo>&#x02016;", '<mo fence="false" stretchy="false">&#x02016;').translate(_MARKS)
+        return f"\n\n{formula}\n\n" if block else formula
 
     return _PIECES.sub(replace, markdown)
 
