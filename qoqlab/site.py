@@ -53,6 +53,7 @@ nav.course { display: flex; gap: 1.5em; padding: 12px 4px; font: 15px system-ui,
 @media (max-width: 900px) {  /* a narrow page gives its width to what was printed: aligned columns would break */
   .jp-InputPrompt, .jp-OutputPrompt { display: none !important; }
   .jp-OutputArea-output pre { font-size: 11px !important; }
+  .jp-InputArea-editor { max-width: 100%; overflow-x: auto !important; }
 }
 figure.plotly { margin: 0; min-width: 0; } .live { color: #52606d; font: italic 14px system-ui, sans-serif; margin: 4px 0; }
 math { font-size: 1.05em; } math[display=block] { margin: 0.6em 0; overflow-x: auto; }
@@ -93,9 +94,10 @@ def formulas(markdown: str) -> str:
         code, block, inline = found.groups()
         if code:
             return code
-        if block:
-            return "\n\n" + convert(block.strip(), display="block").translate(_MARKS) + "\n\n"
-        return convert(inline).translate(_MARKS)
+        formula = convert(block.strip(), display="block") if block else convert(inline)
+        # browsers stretch the bar that opens a norm and not the one that has the exponent
+        formula = formula.replace("<mo>&#x02016;", '<mo fence="false" stretchy="false">&#x02016;').translate(_MARKS)
+        return f"\n\n{formula}\n\n" if block else formula
 
     return _PIECES.sub(replace, markdown)
 

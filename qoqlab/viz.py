@@ -617,7 +617,8 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms",
         name: (PALETTE[i % len(PALETTE)], ("circle", "square", "diamond")[i // len(PALETTE) % 3])
         for i, name in enumerate(precisions)
     }
-    titles = [model if len({t for _, t in panels}) == 1 else f"{model} model<br>{text}" for model, text in panels]
+    texts = {text: "<br>".join(textwrap.wrap(text, 13)) for _, text in panels}  # panels may be ninety pixels wide
+    titles = [model if len(texts) == 1 else f"{model} model<br>{texts[text]}" for model, text in panels]
     figure = make_subplots(rows=1, cols=len(panels), shared_yaxes=True, horizontal_spacing=0.025, subplot_titles=titles)
     smallest, drawn = 0.01, [1.0]
     for column, (model, text) in enumerate(panels, 1):
@@ -656,7 +657,7 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms",
                     row=1,
                     col=column,
                 )
-        figure.update_xaxes(title_text=x or f"perplexity lost<br>(of fp16: {exact:.2f})", row=1, col=column)
+        figure.update_xaxes(title_text=x or f"perplexity lost<br>(fp16: {exact:.2f})", row=1, col=column)
     wide = max(drawn) > 1e3 * min(drawn)
     axis = _log_axis([torch.tensor(drawn, dtype=torch.float64)], room=0 if wide else max(3, 16 // len(panels)))
     if wide:  # only even powers of ten are named, or narrow panels have no room
@@ -712,7 +713,10 @@ def trade_off(table: pd.DataFrame, cost: str, title: str, x: str) -> go.Figure:
             name=name,
             hovertemplate=f"%{{text}}<br>gap %{{customdata:+.3f}}<br>{x}: %{{x:.4g}}<extra></extra>",
         )
-    _layout(figure, title, x, "perplexity lost against fp16 (log scale)", legend=_legend_above(), showlegend=True)
+    room = {"l": 70, "r": 30, "t": 96, "b": 60}  # for a legend of two lines
+    _layout(
+        figure, title, x, "perplexity lost against fp16 (log scale)", legend=_legend_above(), showlegend=True, margin=room
+    )
     # below the stairs there is room; names of neighbours share a label, in their order
     flights: list[list[tuple[float, float, str]]] = []
     for step in zip(stairs[cost], stairs["shown"], stairs["method"], strict=True):

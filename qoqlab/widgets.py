@@ -29,13 +29,15 @@ class _Page(anywidget.AnyWidget):
     _esm = (
         viz.STEER
         + """export default {initialize() {
-  const widths = new WeakMap();
+  const tries = new WeakMap();
   const look = (place) => {
     if (window.Plotly && !place.onkeydown) steer(place);
-    // a figure that was drawn before it had a place has a width of its own; once for each width that the page gives it
+    // a figure that was drawn before it had a place has a width of its own. One that is busy may miss the event, and one of
+    // a fixed width never follows: five times for each width that the page gives it
     const drawn = place.querySelector('.main-svg')?.getBoundingClientRect().width, given = place.clientWidth;
-    if (!drawn || !given || Math.abs(drawn - given) < 1 || widths.get(place) === given) return;
-    widths.set(place, given);
+    const [width, count] = tries.get(place) ?? [given, 0], tried = width === given ? count : 0;
+    if (!drawn || !given || Math.abs(drawn - given) < 1 || tried === 5) return;
+    tries.set(place, [given, tried + 1]);
     window.dispatchEvent(new Event('resize'));
   };
   // figures come and go with the cells that are run
@@ -173,7 +175,7 @@ def _control(name: str, values: Range, parameters: Any) -> Any:
     style = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
     if isinstance(start, bool):
         return ipywidgets.Checkbox(start, indent=False, **style)
-    wide = style | {"layout": {"width": "420px"}}
+    wide = style | {"layout": {"width": "420px", "max_width": "100%"}}  # never wider than the page
     if isinstance(values, list):
         if start not in values:
             raise ValueError(f"{name}: the default {start!r} is not among the options {values!r}")

@@ -273,6 +273,32 @@ def run_all(desk, path: str) -> Iterator[None]:
         page.evaluate(CLOSE)
 
 
+def press(page, element, key: str) -> None:
+    """Press a key on an element, and again if it did not arrive: an application that has finished with something may put the
+    focus elsewhere between the focus and the key."""
+    listen = "(element) => element.addEventListener('keydown', () => { element.dataset.heard = 'yes'; }, {capture: true})"
+    element.evaluate(listen)
+
+    def heard() -> bool:
+        element.press(key)
+        return element.get_attribute("data-heard") == "yes"
+
+    settle(page, heard)
+    element.evaluate("(element) => { delete element.dataset.heard; }")
+
+
+def at_rest(page, read) -> str:
+    """What ``read()`` gives once it has not changed for a second: what a cell moved may still be on its way to a figure."""
+    seen = [read()]
+
+    def calm() -> bool:
+        seen.append(read())
+        return len(seen) > 5 and len(set(seen[-5:])) == 1
+
+    settle(page, calm)
+    return seen[-1]
+
+
 def title(scope) -> str:
     return scope.locator(".gtitle").first.text_content()
 
@@ -288,7 +314,7 @@ def move(scope, label: str, value) -> None:
     if isinstance(value, bool):
         here.locator("input[type=checkbox]").set_checked(value)
     elif isinstance(value, str) and value.startswith("Arrow"):
-        here.locator(".noUi-handle").press(value)
+        press(scope.page, here.locator(".noUi-handle"), value)
     elif isinstance(value, str):
         here.locator("select").select_option(value)
     else:
@@ -313,17 +339,17 @@ def test_a_lesson_runs_and_its_controls_move_the_figure(desk, name, moves, wante
     with run_all(desk, f"{name}.ipynb"):
         panel = page.locator(".jupyter-widgets.widget-vbox").filter(has=page.locator(".js-plotly-plot")).first
         panel.locator(".gtitle").first.wait_for()
-        before = title(panel)
+        before = at_rest(page, lambda: title(panel))
         if not moves:  # any control will do: one step with the keyboard
-            panel.locator(".noUi-handle").first.press("ArrowRight")
+            press(page, panel.locator(".noUi-handle").first, "ArrowRight")
         for label, value in moves:
             move(panel, label, value)
         settle(page, lambda: title(panel) != before and wanted in title(panel))
         panel.scroll_into_view_if_needed()
         page.screenshot(path=SHOTS / f"{name}.png")
         inside = page.locator(".js-plotly-plot[role=slider]").first  # a figure with a slider of its own
-        stood, shown = int(inside.get_attribute("aria-valuenow")), title(inside)
-        inside.press("ArrowLeft" if stood else "ArrowRight")
+        stood, shown = int(inside.get_attribute("aria-valuenow")), at_rest(page, lambda: title(inside))
+        press(page, inside, "ArrowLeft" if stood else "ArrowRight")
         settle(page, lambda: title(inside) != shown)
         assert abs(int(inside.get_attribute("aria-valuenow")) - stood) == 1
 
@@ -407,7 +433,7 @@ def test_the_site_draws_figures_and_formulas_without_a_server_by_day_and_by_nigh
     settle(page, lambda: title(figure) != before)
     by_mouse, slider = title(figure), figure.get_by_role("slider")
     assert by_mouse.startswith(slider.get_attribute("aria-valuetext"))
-    slider.press("ArrowLeft")
+    press(page, slider, "ArrowLeft")
     settle(page, lambda: title(figure) != by_mouse)
     assert title(figure).startswith(slider.get_attribute("aria-valuetext"))
 

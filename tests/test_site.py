@@ -110,6 +110,12 @@ def test_markdown_finds_nothing_to_read_in_a_formula():
     assert made.count("<math") == 2 and not set("*_|") & set(re.sub(r"<[^>]*>", "", made))
 
 
+def test_the_bars_of_a_norm_are_alike():
+    text = site.formulas(r"$\lVert y\rVert^2$ and $$\lVert y\rVert$$")
+    bars = re.findall(r"<mo[^>]*>&#x02016;", text)
+    assert len(bars) == 4 and all('stretchy="false"' in bar for bar in bars)
+
+
 def test_a_title_cannot_break_out_of_a_page():
     made = site.figure({"data": [], "layout": {"title": {"text": 'a "b" </script><i>c</i>'}}})
     assert made.count("</script>") == 1 and 'aria-label="a &quot;b&quot;' in made

@@ -228,6 +228,13 @@ def test_comparison_has_a_row_per_method_a_colour_per_precision_and_a_panel_per_
     assert len(ranges) == 1 and 10 ** ranges.pop()[1] > 30.5
 
 
+def test_headings_of_narrow_panels_are_broken():
+    figure = viz.comparison(COMPARED.replace({"text": {"one": "Python documentation"}}))
+    lines = [line for note in figure.layout.annotations for line in note.text.split("<br>")]
+    below = [line for axis in figure.select_xaxes() for line in axis.title.text.split("<br>")]
+    assert max(map(len, lines)) * 6.3 < 93 and max(map(len, below)) * 6.5 < 103, "four panels on a page of 800 pixels"
+
+
 def test_comparison_without_runtime_or_losses():
     alone = COMPARED[COMPARED["method"] == "fp16"].assign(runtime_perplexity=float("nan"))
     figure = viz.comparison(alone)

@@ -29,6 +29,7 @@ def test_controls_start_at_the_defaults():
     assert [c.value for c in controls] == [4, 0.5, "a", 64]
     assert isinstance(canvas, go.FigureWidget) and canvas.layout.title.text == "a 4"
     assert canvas._config["responsive"], "it follows the width of the page"
+    assert all(control.layout.max_width == "100%" for control in panel.children[:-1] if control.layout.width)
 
 
 def test_moving_a_control_redraws():
