@@ -1,8 +1,8 @@
 """The command line: each command is a thin call of the library.
 
-Exit codes: 0 done; 2 bad input (one line on standard error, no traceback); 130 interrupted. No model is downloaded: it is
-"tiny" (the bundled one), "tiny-planted" (the same function with outliers of the size that large models have),
-a folder, or a repository that lies in the local Hugging Face cache.
+Exit codes: 0 done; 1 a method of `compare` failed; 2 bad input (one line on standard error, no traceback); 130 interrupted.
+No model is downloaded: it is "tiny" (the bundled one), "tiny-planted" (the same function with outliers of the size that
+large models have), a folder, or a repository that lies in the local Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -179,9 +179,16 @@ def compare(
     test_windows: Annotated[int | None, typer.Option(min=1, help="Test windows; default: all.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
-    out: Annotated[Path | None, typer.Option(help="Write the table there, too (.csv).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the table there, too (.csv); methods as they finish to the .jsonl of that name."),
+    ] = None,
 ) -> None:
-    """Quantise MODEL with several recipes and put their results side by side."""
+    """Quantise MODEL with several recipes and put their results side by side.
+
+    With --out a killed comparison that is started again continues after the last finished method. Exit code 1 where a
+    method failed: its row says why, and the others go on.
+    """
     if bool(recipe) == bool(preset):
         raise ValueError("recipe: give --recipe, once or more, or --preset")
     if out is not None and out.suffix != ".csv":
@@ -194,11 +201,17 @@ def compare(
     words = _tokenizer(model)
     calibration = _windows(words, network, text, "calibration", text_path, length, windows)
     test = _windows(words, network, text, "test", text_path, length, test_windows)
-    table = comparison.compare(recipe or str(preset), network, calibration, test)
+    record = None if out is None else out.with_suffix(".jsonl")
+    table = comparison.compare(recipe or str(preset), network, calibration, test, out=record)
     if out is not None:
         table.to_csv(out, index=False)
     # short names, so that nothing is cut off in a terminal of 80 columns
     _show(table[list(_SHOWN)].rename(columns=_SHOWN))
+    failed = table[table[comparison.ERROR].notna()]
+    for method, error in zip(failed["method"], failed[comparison.ERROR], strict=True):
+        _err.print(f"Failed: {method}: {error}", markup=False, highlight=False, soft_wrap=True)
+    if len(failed):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -123,14 +123,36 @@ def test_compare_is_the_librarys(place: Path, tmp_path: Path, monkeypatch: pytes
 
     calls = []
 
-    def compare(recipes, model, calibration, test):
-        calls.append((recipes, type(model).__name__, tuple(calibration.shape), tuple(test.shape)))
-        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, "hidden") | dict.fromkeys(SHOWN, 1.23456789)])
+    def compare(recipes, model, calibration, test, out):
+        calls.append((recipes, type(model).__name__, tuple(calibration.shape), tuple(test.shape), out))
+        row = dict.fromkeys(comparison.COLUMNS, "hidden") | dict.fromkeys(SHOWN, 1.23456789) | {"error": None}
+        return pd.DataFrame([row])
 
     monkeypatch.setattr(comparison, "compare", compare)
     result = invoke("compare", place / "model", "--preset", "paper", *text)
     assert result.exit_code == 0 and "1.2346" in result.output
-    assert calls == [("paper", "LlamaForCausalLM", (3, 24), (2, 24))]
+    assert calls == [("paper", "LlamaForCausalLM", (3, 24), (2, 24), None)]
+
+
+def test_compare_continues_after_finished_methods_and_reports_failed_ones(place: Path, tmp_path: Path) -> None:
+    text = ("--text", place / "text.txt", "--length", 24, "--windows", 3, "--test-windows", 2, "--out", tmp_path / "t.csv")
+    first = invoke("compare", place / "model", "--recipe", "rtn-w8a8", *text)
+    assert first.exit_code == 0, first.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.jsonl"]
+    record = (tmp_path / "t.jsonl").read_text()
+    damaged = tmp_path / "model"  # other weights, which cannot be quantised
+    shutil.copytree(place / "model", damaged)
+    network = AutoModelForCausalLM.from_pretrained(damaged)
+    network.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    network.save_pretrained(damaged)
+    failed = invoke("compare", damaged, "--recipe", "rtn-w8a8", *text)
+    assert failed.exit_code == 1 and "Failed: rtn-w8a8: ValueError: " in failed.stderr and "up_proj" in failed.stderr
+    assert pd.read_csv(tmp_path / "t.csv").error.str.contains("up_proj").tolist() == [True]
+    assert (tmp_path / "t.jsonl").read_text().startswith(record)
+    before = (tmp_path / "t.jsonl").read_text()
+    again = invoke("compare", place / "model", "--recipe", "rtn-w8a8", *text)
+    assert again.exit_code == 0 and (tmp_path / "t.jsonl").read_text() == before, "nothing was measured again"
+    assert pd.read_csv(tmp_path / "t.csv").perplexity.notna().all()
 
 
 #: What `compare` prints, so that a row fits a terminal; the file that it writes has every column.
@@ -139,7 +161,7 @@ SHOWN = ["method", "format", "perplexity", "gap", "runtime_perplexity", "weight_
 
 def test_compare_prints_seven_columns_and_writes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {column: f"<{index}>" for index, column in enumerate(comparison.COLUMNS)}
-    monkeypatch.setattr(comparison, "compare", lambda *_: pd.DataFrame([row]))
+    monkeypatch.setattr(comparison, "compare", lambda *_, out: pd.DataFrame([row | {"error": None}]))
     options = ("--windows", 1, "--test-windows", 1, "--out", tmp_path / "t.csv")
     result = invoke("compare", "tiny", "--recipe", "fp16", *options)
     assert result.exit_code == 0, result.output
@@ -148,15 +170,15 @@ def test_compare_prints_seven_columns_and_writes_all(tmp_path: Path, monkeypatch
     ]
     header = [name.strip() for name in result.stdout.splitlines()[1].strip("┃").split("┃")]
     assert header == ["method", "format", "ppl", "gap", "runtime", "W bits", "KV bits"]
-    assert pd.read_csv(tmp_path / "t.csv").to_dict("records") == [row]
+    assert pd.read_csv(tmp_path / "t.csv")[comparison.COLUMNS].to_dict("records") == [row]
 
 
 def test_tiny_planted_is_the_bundled_model_with_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def compare(recipes, model, calibration, test):
+    def compare(recipes, model, calibration, test, out):
         seen.append((model, calibration, test))
-        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, 0.0)])
+        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, 0.0) | {"error": None}])
 
     monkeypatch.setattr(comparison, "compare", compare)
     for name in ("tiny", "tiny-planted"):
