@@ -173,6 +173,9 @@ def compare(
     recipe: Annotated[list[str] | None, typer.Option(help="A preset; may be given several times.")] = None,
     preset: Annotated[str | None, typer.Option(help="paper, or ladder: its ablation study.")] = None,
     text: Text = "python-docs",
+    calibration_text: Annotated[
+        str, typer.Option(help="Text to calibrate on, named as --text is; the bundled one, whatever is tested.")
+    ] = "python-docs",
     text_path: TextPath = None,
     length: Length = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
@@ -185,6 +188,9 @@ def compare(
     ] = None,
 ) -> None:
     """Quantise MODEL with several recipes and put their results side by side.
+
+    Who calibrates on the kind of text that is tested wins, so methods are calibrated on Python's documentation unless you
+    say otherwise. From a text that both options name, other parts are taken for either; a single file is taken as it is.
 
     With --out a killed comparison that is started again continues after the last finished method. Exit code 1 where a
     method failed: its row says why, and the others go on.
@@ -199,8 +205,16 @@ def compare(
 
     network = _load(model, _dtype(dtype, model), _device(device))
     words = _tokenizer(model)
-    calibration = _windows(words, network, text, "calibration", text_path, length, windows)
-    test = _windows(words, network, text, "test", text_path, length, test_windows)
+    names = (calibration_text, text)
+    # the path is for the one that is wikitext-2; where neither is, load_text says so
+    paths = [text_path if name == "wikitext-2" or "wikitext-2" not in names else None for name in names]
+    calibration = _windows(words, network, calibration_text, "calibration", paths[0], length, windows)
+    test = _windows(words, network, text, "test", paths[1], length, test_windows)
+    _err.print(
+        f"Calibrated on {len(calibration)} windows of {calibration_text}, tested on {len(test)} of {text}.",
+        highlight=False,
+        soft_wrap=True,
+    )
     record = None if out is None else out.with_suffix(".jsonl")
     table = comparison.compare(recipe or str(preset), network, calibration, test, out=record)
     if out is not None:

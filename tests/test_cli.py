@@ -173,6 +173,40 @@ def test_compare_prints_seven_columns_and_writes_all(tmp_path: Path, monkeypatch
     assert pd.read_csv(tmp_path / "t.csv")[comparison.COLUMNS].to_dict("records") == [row]
 
 
+@pytest.mark.parametrize(
+    ("options", "calibrated", "tested"),
+    [
+        ([], "python-docs", "python-docs"),
+        (["--text", "wikitext-2", "--text-path", "w"], "python-docs", "wikitext-2"),
+        (["--calibration-text", "wikitext-2", "--text-path", "w"], "wikitext-2", "python-docs"),
+        (["--calibration-text", "wikitext-2", "--text", "wikitext-2", "--text-path", "w"], "wikitext-2", "wikitext-2"),
+        (["--calibration-text", "mine.txt", "--text", "wikitext-2", "--text-path", "w"], "mine.txt", "wikitext-2"),
+        (["--text", "mine.txt"], "python-docs", "mine.txt"),
+    ],
+)
+def test_compare_calibrates_on_the_text_that_you_name(
+    options: list[str], calibrated: str, tested: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w").mkdir()
+    for name in ("w/train.txt", "w/test.txt", "mine.txt"):
+        Path(name).write_text(f"A page of {name} about nothing in particular.\n" * 20)
+    seen = []
+
+    def compare(recipes, model, calibration, test, out):
+        seen.extend([calibration, test])
+        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, 0.0) | {"error": None}])
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    result = invoke("compare", "tiny", "--recipe", "fp16", "--windows", 3, "--test-windows", 2, "--length", 16, *options)
+    assert result.exit_code == 0, result.output
+    assert f"Calibrated on 3 windows of {calibrated}, tested on 2 of {tested}." in result.stderr
+    words = qoqlab.load_tiny()[1]
+    for got, name, split, windows in zip(seen, (calibrated, tested), ("calibration", "test"), (3, 2), strict=True):
+        text = qoqlab.load_text(name, split, "w" if name == "wikitext-2" else None)
+        assert torch.equal(got, qoqlab.bundled.spread(qoqlab.tokens(words, text, 16), windows))
+
+
 def test_tiny_planted_is_the_bundled_model_with_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -275,6 +309,8 @@ def test_a_killed_quantize_continues(place: Path, tmp_path: Path) -> None:
         (["evaluate", "tiny", "--text-path", "x"], "Error: path: goes with 'wikitext-2', got name 'python-docs'"),
         (["inspect", "no/such"], "no/such/qoqlab.json: no such file"),
         (["export", "no/such", "--out", "x"], "no/such/qoqlab.json: no such file"),
+        (["compare", "tiny", "--recipe", "fp16", "--text-path", "x"], "Error: path: goes with 'wikitext-2'"),
+        (["compare", "tiny", "--recipe", "fp16", "--calibration-text", "gone.txt"], "name: 'gone.txt' is not a text"),
         (["compare", "tiny"], "Error: recipe: give --recipe, once or more, or --preset"),
         (["compare", "tiny", "--preset", "paper", "--out", "t.txt"], "out: expected a name that ends in .csv"),
         (["compare", "tiny", "--preset", "paper", "--out", "gone/t.csv"], "Error: out: gone is not a folder"),
