@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _T = TypeVar("_T", bound=Callable[..., None])
+_E = TypeVar("_E", bound=Enum)
 _out, _err = Console(), Console(stderr=True)
 #: What `compare` prints -> under which name; the file has every column.
 _SHOWN = {
@@ -150,10 +151,7 @@ def evaluate(
     from .attention import Mode
     from .pipeline import QuantizedModel
 
-    names = {member.value: member for member in Mode}
-    if mode not in names:
-        raise ValueError(f"mode: expected {' or '.join(names)}, got {mode!r}")
-    chosen = names[mode]
+    chosen = _member("mode", mode, Mode)
     loaded = _load(model, _dtype(dtype, model), _device(device))
     words = _tokenizer(tokenizer or model)
     if task:
@@ -234,17 +232,30 @@ def export(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[Format, typer.Option(help="Whose engines are to read it.")] = Format.QSERVE,
+    engine: Annotated[
+        str | None, typer.Option(help="With qserve: QServe or SGLang; what it cannot run is an error then, not a warning.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="With compressed-tensors: W8A8, W4A16 or W4A8; default: what the recipe suggests.")
+    ] = None,
 ) -> None:
     """Write a quantised checkpoint in the format of another engine."""
     from . import formats
 
-    writers: dict[Format, Callable[..., None]] = {
-        Format.QSERVE: formats.export_qserve,
-        Format.COMPRESSED_TENSORS: formats.export_compressed_tensors,
-        Format.DEEPCOMPRESSOR: formats.export_deepcompressor,
-    }
+    if engine is not None and format is not Format.QSERVE:
+        raise ValueError(f"engine: goes with format qserve, got {format.value}")
+    if layout is not None and format is not Format.COMPRESSED_TENSORS:
+        raise ValueError(f"layout: goes with format compressed-tensors, got {format.value}")
+    target = None if engine is None else _member("engine", engine, formats.Engine)
+    represented = None if layout is None else _member("layout", layout, formats.Layout)
     tokenizer = _tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
-    writers[format](formats.load(folder), out, tokenizer=tokenizer)
+    quantized = formats.load(folder)
+    if format is Format.QSERVE:
+        formats.export_qserve(quantized, out, tokenizer, target)
+    elif format is Format.COMPRESSED_TENSORS:
+        formats.export_compressed_tensors(quantized, out, represented, tokenizer)
+    else:
+        formats.export_deepcompressor(quantized, out, tokenizer)
     _out.print(f"{out}: {format.value}", highlight=False, soft_wrap=True)
 
 
@@ -306,6 +317,14 @@ def _require_writable(out: Path) -> None:
     others = [p.name for p in out.iterdir() if p.suffix != ".partial" and not p.match("weights-*.safetensors")]
     if others:
         raise ValueError(f"out: {out} holds {min(others)} and no {formats.MANIFEST}; expected an empty folder or a new name")
+
+
+def _member(option: str, name: str, kind: type[_E]) -> _E:
+    """The member of an enum whose value is ``name``, in upper or lower case."""
+    known = {member.value.lower(): member for member in kind}
+    if name.lower() not in known:
+        raise ValueError(f"{option}: expected {' or '.join(str(member.value) for member in kind)}, got {name!r}")
+    return known[name.lower()]
 
 
 def _device(name: str) -> str:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -104,6 +105,47 @@ def test_export_writes_what_the_library_writes(place: Path, tmp_path: Path) -> N
     for path in (tmp_path / "theirs").glob("*.safetensors"):
         assert (tmp_path / "ours" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "write"),
+    [
+        (["qserve", "--engine", "SGLang"], lambda q, out: formats.export_qserve(q, out, engine=formats.Engine.SGLANG)),
+        (["qserve", "--engine", "sglang"], lambda q, out: formats.export_qserve(q, out, engine=formats.Engine.SGLANG)),
+        (["compressed-tensors"], lambda q, out: formats.export_compressed_tensors(q, out, formats.Layout.W8A8)),
+        (
+            ["compressed-tensors", "--layout", "W4A16"],
+            lambda q, out: formats.export_compressed_tensors(q, out, formats.Layout.W4A16),
+        ),
+    ],
+)
+def test_export_takes_an_engine_or_a_layout(options: list[str], write, place: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of another engine than the one that is named
+        result = invoke("export", place / "quantised", "--out", tmp_path / "ours", "--format", *options)
+        assert result.exit_code == 0, result.output
+        write(qoqlab.load(place / "quantised"), tmp_path / "theirs")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["qserve", "--engine", "vllm"], "Error: engine: expected QServe or SGLang, got 'vllm'"),
+        (["compressed-tensors", "--engine", "QServe"], "Error: engine: goes with format qserve, got compressed-tensors"),
+        (["compressed-tensors", "--layout", "W4"], "Error: layout: expected W8A8 or W4A16 or W4A8, got 'W4'"),
+        (["qserve", "--layout", "W8A8"], "Error: layout: goes with format compressed-tensors, got qserve"),
+        (["qserve", "--engine", "QServe"], "Error: export_qserve: QServe has attention kernels for heads of 128, not 32"),
+        (["compressed-tensors", "--layout", "W4A8"], "Error: "),  # QoQ's zeros
+    ],
+)
+def test_export_refuses_what_the_engine_or_layout_cannot_hold(
+    options: list[str], message: str, place: Path, tmp_path: Path
+) -> None:
+    result = invoke("export", place / "quantised", "--out", tmp_path / "out", "--format", *options)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_compare_is_the_librarys(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
