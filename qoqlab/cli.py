@@ -1,8 +1,8 @@
 """The command line: each command is a thin call of the library.
 
-Exit codes: 0 done; 2 bad input (one line on standard error, no traceback); 130 interrupted. No model is downloaded: it is
-"tiny" (the bundled one), "tiny-planted" (the same function with outliers of the size that large models have),
-a folder, or a repository that lies in the local Hugging Face cache.
+Exit codes: 0 done; 1 a method of `compare` failed; 2 bad input (one line on standard error, no traceback); 130 interrupted.
+No model is downloaded: it is "tiny" (the bundled one), "tiny-planted" (the same function with outliers of the size that
+large models have), a folder, or a repository that lies in the local Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _T = TypeVar("_T", bound=Callable[..., None])
+_E = TypeVar("_E", bound=Enum)
 _out, _err = Console(), Console(stderr=True)
 #: What `compare` prints -> under which name; the file has every column.
 _SHOWN = {
@@ -150,10 +151,7 @@ def evaluate(
     from .attention import Mode
     from .pipeline import QuantizedModel
 
-    names = {member.value: member for member in Mode}
-    if mode not in names:
-        raise ValueError(f"mode: expected {' or '.join(names)}, got {mode!r}")
-    chosen = names[mode]
+    chosen = _member("mode", mode, Mode)
     loaded = _load(model, _dtype(dtype, model), _device(device))
     words = _tokenizer(tokenizer or model)
     if task:
@@ -173,15 +171,28 @@ def compare(
     recipe: Annotated[list[str] | None, typer.Option(help="A preset; may be given several times.")] = None,
     preset: Annotated[str | None, typer.Option(help="paper, or ladder: its ablation study.")] = None,
     text: Text = "python-docs",
+    calibration_text: Annotated[
+        str, typer.Option(help="Text to calibrate on, named as --text is; the bundled one, whatever is tested.")
+    ] = "python-docs",
     text_path: TextPath = None,
     length: Length = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 32,
     test_windows: Annotated[int | None, typer.Option(min=1, help="Test windows; default: all.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
-    out: Annotated[Path | None, typer.Option(help="Write the table there, too (.csv).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the table there, too (.csv); methods as they finish to the .jsonl of that name."),
+    ] = None,
 ) -> None:
-    """Quantise MODEL with several recipes and put their results side by side."""
+    """Quantise MODEL with several recipes and put their results side by side.
+
+    Who calibrates on the kind of text that is tested wins, so methods are calibrated on Python's documentation unless you
+    say otherwise. From a text that both options name, other parts are taken for either; a single file is taken as it is.
+
+    With --out a killed comparison that is started again continues after the last finished method. Exit code 1 where a
+    method failed: its row says why, and the others go on.
+    """
     if bool(recipe) == bool(preset):
         raise ValueError("recipe: give --recipe, once or more, or --preset")
     if out is not None and out.suffix != ".csv":
@@ -192,13 +203,27 @@ def compare(
 
     network = _load(model, _dtype(dtype, model), _device(device))
     words = _tokenizer(model)
-    calibration = _windows(words, network, text, "calibration", text_path, length, windows)
-    test = _windows(words, network, text, "test", text_path, length, test_windows)
-    table = comparison.compare(recipe or str(preset), network, calibration, test)
+    names = (calibration_text, text)
+    # the path is for the one that is wikitext-2; where neither is, load_text says so
+    paths = [text_path if name == "wikitext-2" or "wikitext-2" not in names else None for name in names]
+    calibration = _windows(words, network, calibration_text, "calibration", paths[0], length, windows)
+    test = _windows(words, network, text, "test", paths[1], length, test_windows)
+    _err.print(
+        f"Calibrated on {len(calibration)} windows of {calibration_text}, tested on {len(test)} of {text}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    record = None if out is None else out.with_suffix(".jsonl")
+    table = comparison.compare(recipe or str(preset), network, calibration, test, out=record)
     if out is not None:
         table.to_csv(out, index=False)
     # short names, so that nothing is cut off in a terminal of 80 columns
     _show(table[list(_SHOWN)].rename(columns=_SHOWN))
+    failed = table[table[comparison.ERROR].notna()]
+    for method, error in zip(failed["method"], failed[comparison.ERROR], strict=True):
+        _err.print(f"Failed: {method}: {error}", markup=False, highlight=False, soft_wrap=True)
+    if len(failed):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -207,17 +232,30 @@ def export(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     format: Annotated[Format, typer.Option(help="Whose engines are to read it.")] = Format.QSERVE,
+    engine: Annotated[
+        str | None, typer.Option(help="With qserve: QServe or SGLang; what it cannot run is an error then, not a warning.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="With compressed-tensors: W8A8, W4A16 or W4A8; default: what the recipe suggests.")
+    ] = None,
 ) -> None:
     """Write a quantised checkpoint in the format of another engine."""
     from . import formats
 
-    writers: dict[Format, Callable[..., None]] = {
-        Format.QSERVE: formats.export_qserve,
-        Format.COMPRESSED_TENSORS: formats.export_compressed_tensors,
-        Format.DEEPCOMPRESSOR: formats.export_deepcompressor,
-    }
+    if engine is not None and format is not Format.QSERVE:
+        raise ValueError(f"engine: goes with format qserve, got {format.value}")
+    if layout is not None and format is not Format.COMPRESSED_TENSORS:
+        raise ValueError(f"layout: goes with format compressed-tensors, got {format.value}")
+    target = None if engine is None else _member("engine", engine, formats.Engine)
+    represented = None if layout is None else _member("layout", layout, formats.Layout)
     tokenizer = _tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
-    writers[format](formats.load(folder), out, tokenizer=tokenizer)
+    quantized = formats.load(folder)
+    if format is Format.QSERVE:
+        formats.export_qserve(quantized, out, tokenizer, target)
+    elif format is Format.COMPRESSED_TENSORS:
+        formats.export_compressed_tensors(quantized, out, represented, tokenizer)
+    else:
+        formats.export_deepcompressor(quantized, out, tokenizer)
     _out.print(f"{out}: {format.value}", highlight=False, soft_wrap=True)
 
 
@@ -279,6 +317,14 @@ def _require_writable(out: Path) -> None:
     others = [p.name for p in out.iterdir() if p.suffix != ".partial" and not p.match("weights-*.safetensors")]
     if others:
         raise ValueError(f"out: {out} holds {min(others)} and no {formats.MANIFEST}; expected an empty folder or a new name")
+
+
+def _member(option: str, name: str, kind: type[_E]) -> _E:
+    """The member of an enum whose value is ``name``, in upper or lower case."""
+    known = {member.value.lower(): member for member in kind}
+    if name.lower() not in known:
+        raise ValueError(f"{option}: expected {' or '.join(str(member.value) for member in kind)}, got {name!r}")
+    return known[name.lower()]
 
 
 def _device(name: str) -> str:

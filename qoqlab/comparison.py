@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from . import offload, resume
 from . import recipes as presets
 from .architecture import describe
 from .capture import require_ids
@@ -19,6 +20,8 @@ from .evaluate import logits_sqnr_db, perplexity
 from .pipeline import QuantizedModel, quantize
 from .recipes import Recipe
 from .runtime import Mode, QuantLinear
+from .sweeps import sweep
+from .tensorfile import digest_of_tensor
 
 #: Test windows on which logits are compared (a whole set of logits is large).
 SQNR_WINDOWS = 4
@@ -40,6 +43,8 @@ COLUMNS = [
     "kv_bytes_per_token",
     "seconds",
 ]
+#: Column after `COLUMNS` in what `compare` returns: None, or the one line of a method that failed.
+ERROR = "error"
 
 
 def resolve(methods: str | Iterable[str | Recipe]) -> list[Recipe]:
@@ -130,6 +135,7 @@ def compare(
     test: torch.Tensor | Mapping[str, torch.Tensor],
     runtime: bool = True,
     progress: bool = True,
+    out: str | os.PathLike[str] | None = None,
 ) -> pd.DataFrame:
     """Quantise models by several methods and measure them all alike.
 
@@ -139,10 +145,17 @@ def compare(
 
     Returns one row per model, method and text: ``perplexity`` (everything rounded, as papers report) and its ``gap`` to the
     unquantised model, ``runtime_perplexity`` (what kernels compute), ``logits_sqnr_db``, ``weight_bits`` and ``kv_bits`` per
-    stored value with scales and zeros, ``weight_mb`` of the whole model, ``kv_bytes_per_token``, ``seconds`` to quantise.
-    `qoqlab.viz.comparison` draws it.
+    stored value with scales and zeros, ``weight_mb`` of the whole model, ``kv_bytes_per_token``, ``seconds`` to quantise,
+    ``error``: None, or one line where a method failed (it does not suit the model's shape, memory ran out), without numbers
+    then, while the others go on. `qoqlab.viz.comparison` draws it, without those.
 
-    Raises ValueError or TypeError for unknown recipes, no recipes, an unsupported model, or tokens outside the vocabulary.
+    ``out``: a ``.jsonl`` or ``.parquet`` file, as `qoqlab.sweep` writes it: a record for every model and method the moment
+    it is measured. The same call after a kill takes finished methods from there and measures those that are left and those
+    that failed, whose tracebacks the file has. What was measured with other weights, recipes, texts or ``runtime`` stays in
+    the file and is not taken for this; devices, versions and the code of steps are not compared.
+
+    Raises ValueError or TypeError for unknown recipes, no recipes, an unsupported model, tokens outside the vocabulary, or
+    an ``out`` that no comparison wrote.
     """
     chosen = resolve(recipes)
     models = dict(model) if isinstance(model, Mapping) else {"model": model}
@@ -154,12 +167,34 @@ def compare(
         require_ids("calibration", calibration, vocabulary)
         for text, ids in tests.items():
             require_ids(f"test {text!r}", ids, vocabulary)
+        if offload.is_spread(network):
+            raise ValueError("model: weights that are offloaded or on several devices cannot be quantised several times")
+    benches: dict[str, Bench] = {}
+    methods = {recipe.name: recipe for recipe in chosen}
+
+    def measured(model: str, method: str, **_: Any) -> dict[str, Any]:
+        if model not in benches:
+            benches.clear()  # the logits of one model at a time
+            benches[model] = Bench(models[model], calibration, tests)
+        rows, _quantized = measure(methods[method], benches[model], runtime)
+        return {"texts": {row["text"]: row for row in rows}}
+
+    points: list[dict[str, Any]] = [{"model": name, "method": recipe.name} for name in models for recipe in chosen]
+    if out is not None:  # what a record has to agree in to be taken for this; digests of all weights take a while
+        texts = {"calibration": _digest(calibration), "texts": {text: _digest(ids) for text, ids in tests.items()}}
+        weights = {name: resume.fingerprint(network) for name, network in models.items()}
+        for point in points:
+            recipe = resume.recipe_facts(methods[point["method"]])
+            point["terms"] = {"weights": weights[point["model"]], "recipe": recipe, **texts, "runtime": runtime}
+    table = sweep(points, measured, out=out, jobs=1, progress=progress)
+    found = table["texts"] if "texts" in table else [None] * len(table)  # no such column where all have failed
     rows = []
-    with tqdm(total=len(models) * len(chosen), disable=not progress) as bar:
-        for name, network in models.items():
-            bench = Bench(network, calibration, tests)
-            for recipe in chosen:
-                bar.set_description(f"{name}: {recipe.name}"[:40].ljust(40))
-                rows += [{"model": name, **row} for row in measure(recipe, bench, runtime)[0]]
-                bar.update()
-    return pd.DataFrame(rows)[COLUMNS]
+    for name, method, texts, error in zip(table["model"], table["method"], found, table["error"], strict=True):
+        known = {"model": name, "method": method, "format": str(methods[method].scheme), ERROR: error}
+        rows += [known | ({"text": text} if error else texts[text]) for text in tests]
+    return pd.DataFrame(rows, columns=[*COLUMNS, ERROR])
+
+
+def _digest(ids: torch.Tensor) -> list[Any]:
+    """Shape and digest of tokens."""
+    return [*ids.shape, digest_of_tensor(ids.cpu())]

@@ -30,6 +30,28 @@ SCHEMA = 1
 _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version")
 
 
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe does, as JSON: formats, and steps by name with their parameters."""
+    return {
+        "scheme": scheme_to_json(recipe.scheme),
+        "steps": [[step.name, step.parameters] for step in recipe.steps],
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's configuration and of the name, shape, dtype and bytes of each of its tensors."""
+    tensors = {
+        name: [str(tensor.dtype), *tensor.shape, digest_of_tensor(tensor.detach().cpu())]
+        for name, tensor in model.state_dict().items()
+    }
+    return hashlib.sha256(json.dumps([_config(model), tensors], sort_keys=True).encode()).hexdigest()
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    return {key: value for key, value in config.items() if key not in _VOLATILE}
+
+
 class Journal:
     """The finished blocks of one run.
 
@@ -45,13 +67,11 @@ class Journal:
         report: bool,
     ) -> None:
         self.folder = Path(folder)
-        config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
-        steps = [[step.name, step.parameters] for step in recipe.steps]
         run: dict[str, Any] = {
             "format": "qoqlab run",
             "schema": SCHEMA,
-            "model": {key: value for key, value in config.items() if key not in _VOLATILE},
-            "recipe": {"scheme": scheme_to_json(recipe.scheme), "steps": steps},
+            "model": _config(model),
+            "recipe": recipe_facts(recipe),
             "calibration": None if calibration is None else [list(calibration.shape), digest_of_tensor(calibration.cpu())],
             "report": report,
         }

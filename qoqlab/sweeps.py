@@ -2,7 +2,7 @@
 
 Points finish in any order. Each one is written to a file the moment it is done, so a study that is killed continues where it
 was: a point is known by its settings, written as canonical JSON. A point that fails is recorded with its traceback while the
-others go on, also when it takes its worker process with it.
+others go on, also when it calls ``sys.exit`` or takes its worker process with it.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _attempt(function: Function, key: str, settings: Settings) -> tuple[str, dic
         if clash:
             raise ValueError(f"function: returned {clash[0]!r}, which is a setting or a column of every table")
         json.dumps(results)
-    except Exception as error:  # the study goes on, whatever a point does
+    except (Exception, SystemExit) as error:  # the study goes on, whatever a point does; Ctrl-C does end it
         return key, _failure(error, time.perf_counter() - start)
     return key, {"results": results, "seconds": time.perf_counter() - start, "error": None, "traceback": None}
 

@@ -601,14 +601,29 @@ def _precision(name: str) -> str:
     return name.split(" ")[0]
 
 
+def _measured(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a comparison whose methods did not fail."""
+    kept = table[table["gap"].notna()]
+    if kept.empty:
+        raise ValueError("table: no method was measured; its column 'error' says why")
+    return kept
+
+
 def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms", x: str = "") -> go.Figure:
     """What every method costs in perplexity: one row per method, one colour per precision, one panel per model and text.
 
     ``table``: as `qoqlab.compare` returns it. A filled mark is the gap to the unquantised model with everything rounded, a
     ring the same as kernels compute it (none where that was not measured). All panels share one log scale, because methods
     without any care for outliers lose by factors; gaps below 0.01 count as that. The unquantised model itself has no
+<<<<<<< HEAD
     row; its perplexity stands under each panel, or the text ``x`` if the gaps are in other units.
+=======
+    row; its perplexity stands under each panel. Methods that failed are left out.
+
+    Raises ValueError where all have failed.
+>>>>>>> compare
     """
+    table = _measured(table)
     panels = list(dict.fromkeys(zip(table["model"], table["text"], strict=True)))
     quantised = table[table["gap"] != 0] if (table["gap"] != 0).any() else table
     methods, formats = (list(dict.fromkeys(quantised[column])) for column in ("method", "format"))
@@ -682,9 +697,10 @@ def trade_off(table: pd.DataFrame, cost: str, title: str, x: str) -> go.Figure:
 
     ``table``: rows of `qoqlab.compare` for one model and text; ``cost``: the column to count, on an axis named ``x``.
     A method is off the staircase if another one costs at most as much and loses at most as much. Gaps below 0.01 count as
-    that. Labelled are those on the staircase, and the others where there are few. Always three traces.
+    that. Labelled are those on the staircase, and the others where there are few. Always three traces. Methods that failed
+    are left out; where all have, ValueError is raised.
     """
-    rows = table.assign(shown=table["gap"].clip(lower=0.01)).sort_values([cost, "gap"], kind="stable")
+    rows = _measured(table).assign(shown=table["gap"].clip(lower=0.01)).sort_values([cost, "gap"], kind="stable")
     # by rising cost, a method is worth having if it loses less than all before it
     best = rows["shown"] < rows["shown"].cummin().shift(fill_value=math.inf)
     stairs = rows[best]

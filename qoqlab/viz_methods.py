@@ -295,7 +295,12 @@ def against(draws: pd.DataFrame, reference: str, title: str) -> go.Figure:
     calibration text. Small rings are single draws, each compared with the reference's loss on the same draw; large marks are
     their (geometric) means, with bands of twice the standard error. A method whose band leaves out 1 loses clearly less or
     clearly more; the others cannot be told apart from the reference. Four traces per panel, and three for the legend.
+    Methods that failed (``gap`` is NaN) in any draw are left out; ValueError is raised where ``reference`` is one.
     """
+    failed = set(draws.loc[draws["gap"].isna(), "method"])
+    if reference in failed:
+        raise ValueError(f"reference: {reference!r} failed in some draw, so nothing can be compared with it")
+    draws = draws[~draws["method"].isin(failed)]
     models, texts, methods = (list(dict.fromkeys(draws[name])) for name in ("model", "text", "method"))
     kinds = {
         "loses clearly less": (PALETTE[2], "circle"),

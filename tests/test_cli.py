@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -106,6 +107,47 @@ def test_export_writes_what_the_library_writes(place: Path, tmp_path: Path) -> N
     assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("options", "write"),
+    [
+        (["qserve", "--engine", "SGLang"], lambda q, out: formats.export_qserve(q, out, engine=formats.Engine.SGLANG)),
+        (["qserve", "--engine", "sglang"], lambda q, out: formats.export_qserve(q, out, engine=formats.Engine.SGLANG)),
+        (["compressed-tensors"], lambda q, out: formats.export_compressed_tensors(q, out, formats.Layout.W8A8)),
+        (
+            ["compressed-tensors", "--layout", "W4A16"],
+            lambda q, out: formats.export_compressed_tensors(q, out, formats.Layout.W4A16),
+        ),
+    ],
+)
+def test_export_takes_an_engine_or_a_layout(options: list[str], write, place: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of another engine than the one that is named
+        result = invoke("export", place / "quantised", "--out", tmp_path / "ours", "--format", *options)
+        assert result.exit_code == 0, result.output
+        write(qoqlab.load(place / "quantised"), tmp_path / "theirs")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["qserve", "--engine", "vllm"], "Error: engine: expected QServe or SGLang, got 'vllm'"),
+        (["compressed-tensors", "--engine", "QServe"], "Error: engine: goes with format qserve, got compressed-tensors"),
+        (["compressed-tensors", "--layout", "W4"], "Error: layout: expected W8A8 or W4A16 or W4A8, got 'W4'"),
+        (["qserve", "--layout", "W8A8"], "Error: layout: goes with format compressed-tensors, got qserve"),
+        (["qserve", "--engine", "QServe"], "Error: export_qserve: QServe has attention kernels for heads of 128, not 32"),
+        (["compressed-tensors", "--layout", "W4A8"], "Error: "),  # QoQ's zeros
+    ],
+)
+def test_export_refuses_what_the_engine_or_layout_cannot_hold(
+    options: list[str], message: str, place: Path, tmp_path: Path
+) -> None:
+    result = invoke("export", place / "quantised", "--out", tmp_path / "out", "--format", *options)
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compare_is_the_librarys(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = ("--text", place / "text.txt", "--length", 24, "--windows", 3, "--test-windows", 2)
     names = ["fp16", "rtn-w8a8"]
@@ -123,14 +165,36 @@ def test_compare_is_the_librarys(place: Path, tmp_path: Path, monkeypatch: pytes
 
     calls = []
 
-    def compare(recipes, model, calibration, test):
-        calls.append((recipes, type(model).__name__, tuple(calibration.shape), tuple(test.shape)))
-        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, "hidden") | dict.fromkeys(SHOWN, 1.23456789)])
+    def compare(recipes, model, calibration, test, out):
+        calls.append((recipes, type(model).__name__, tuple(calibration.shape), tuple(test.shape), out))
+        row = dict.fromkeys(comparison.COLUMNS, "hidden") | dict.fromkeys(SHOWN, 1.23456789) | {"error": None}
+        return pd.DataFrame([row])
 
     monkeypatch.setattr(comparison, "compare", compare)
     result = invoke("compare", place / "model", "--preset", "paper", *text)
     assert result.exit_code == 0 and "1.2346" in result.output
-    assert calls == [("paper", "LlamaForCausalLM", (3, 24), (2, 24))]
+    assert calls == [("paper", "LlamaForCausalLM", (3, 24), (2, 24), None)]
+
+
+def test_compare_continues_after_finished_methods_and_reports_failed_ones(place: Path, tmp_path: Path) -> None:
+    text = ("--text", place / "text.txt", "--length", 24, "--windows", 3, "--test-windows", 2, "--out", tmp_path / "t.csv")
+    first = invoke("compare", place / "model", "--recipe", "rtn-w8a8", *text)
+    assert first.exit_code == 0, first.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv", "t.jsonl"]
+    record = (tmp_path / "t.jsonl").read_text()
+    damaged = tmp_path / "model"  # other weights, which cannot be quantised
+    shutil.copytree(place / "model", damaged)
+    network = AutoModelForCausalLM.from_pretrained(damaged)
+    network.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    network.save_pretrained(damaged)
+    failed = invoke("compare", damaged, "--recipe", "rtn-w8a8", *text)
+    assert failed.exit_code == 1 and "Failed: rtn-w8a8: ValueError: " in failed.stderr and "up_proj" in failed.stderr
+    assert pd.read_csv(tmp_path / "t.csv").error.str.contains("up_proj").tolist() == [True]
+    assert (tmp_path / "t.jsonl").read_text().startswith(record)
+    before = (tmp_path / "t.jsonl").read_text()
+    again = invoke("compare", place / "model", "--recipe", "rtn-w8a8", *text)
+    assert again.exit_code == 0 and (tmp_path / "t.jsonl").read_text() == before, "nothing was measured again"
+    assert pd.read_csv(tmp_path / "t.csv").perplexity.notna().all()
 
 
 #: What `compare` prints, so that a row fits a terminal; the file that it writes has every column.
@@ -139,7 +203,7 @@ SHOWN = ["method", "format", "perplexity", "gap", "runtime_perplexity", "weight_
 
 def test_compare_prints_seven_columns_and_writes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {column: f"<{index}>" for index, column in enumerate(comparison.COLUMNS)}
-    monkeypatch.setattr(comparison, "compare", lambda *_: pd.DataFrame([row]))
+    monkeypatch.setattr(comparison, "compare", lambda *_, out: pd.DataFrame([row | {"error": None}]))
     options = ("--windows", 1, "--test-windows", 1, "--out", tmp_path / "t.csv")
     result = invoke("compare", "tiny", "--recipe", "fp16", *options)
     assert result.exit_code == 0, result.output
@@ -148,15 +212,49 @@ def test_compare_prints_seven_columns_and_writes_all(tmp_path: Path, monkeypatch
     ]
     header = [name.strip() for name in result.stdout.splitlines()[1].strip("┃").split("┃")]
     assert header == ["method", "format", "ppl", "gap", "runtime", "W bits", "KV bits"]
-    assert pd.read_csv(tmp_path / "t.csv").to_dict("records") == [row]
+    assert pd.read_csv(tmp_path / "t.csv")[comparison.COLUMNS].to_dict("records") == [row]
+
+
+@pytest.mark.parametrize(
+    ("options", "calibrated", "tested"),
+    [
+        ([], "python-docs", "python-docs"),
+        (["--text", "wikitext-2", "--text-path", "w"], "python-docs", "wikitext-2"),
+        (["--calibration-text", "wikitext-2", "--text-path", "w"], "wikitext-2", "python-docs"),
+        (["--calibration-text", "wikitext-2", "--text", "wikitext-2", "--text-path", "w"], "wikitext-2", "wikitext-2"),
+        (["--calibration-text", "mine.txt", "--text", "wikitext-2", "--text-path", "w"], "mine.txt", "wikitext-2"),
+        (["--text", "mine.txt"], "python-docs", "mine.txt"),
+    ],
+)
+def test_compare_calibrates_on_the_text_that_you_name(
+    options: list[str], calibrated: str, tested: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("w").mkdir()
+    for name in ("w/train.txt", "w/test.txt", "mine.txt"):
+        Path(name).write_text(f"A page of {name} about nothing in particular.\n" * 20)
+    seen = []
+
+    def compare(recipes, model, calibration, test, out):
+        seen.extend([calibration, test])
+        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, 0.0) | {"error": None}])
+
+    monkeypatch.setattr(comparison, "compare", compare)
+    result = invoke("compare", "tiny", "--recipe", "fp16", "--windows", 3, "--test-windows", 2, "--length", 16, *options)
+    assert result.exit_code == 0, result.output
+    assert f"Calibrated on 3 windows of {calibrated}, tested on 2 of {tested}." in result.stderr
+    words = qoqlab.load_tiny()[1]
+    for got, name, split, windows in zip(seen, (calibrated, tested), ("calibration", "test"), (3, 2), strict=True):
+        text = qoqlab.load_text(name, split, "w" if name == "wikitext-2" else None)
+        assert torch.equal(got, qoqlab.bundled.spread(qoqlab.tokens(words, text, 16), windows))
 
 
 def test_tiny_planted_is_the_bundled_model_with_outliers(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def compare(recipes, model, calibration, test):
+    def compare(recipes, model, calibration, test, out):
         seen.append((model, calibration, test))
-        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, 0.0)])
+        return pd.DataFrame([dict.fromkeys(comparison.COLUMNS, 0.0) | {"error": None}])
 
     monkeypatch.setattr(comparison, "compare", compare)
     for name in ("tiny", "tiny-planted"):
@@ -253,6 +351,8 @@ def test_a_killed_quantize_continues(place: Path, tmp_path: Path) -> None:
         (["evaluate", "tiny", "--text-path", "x"], "Error: path: goes with 'wikitext-2', got name 'python-docs'"),
         (["inspect", "no/such"], "no/such/qoqlab.json: no such file"),
         (["export", "no/such", "--out", "x"], "no/such/qoqlab.json: no such file"),
+        (["compare", "tiny", "--recipe", "fp16", "--text-path", "x"], "Error: path: goes with 'wikitext-2'"),
+        (["compare", "tiny", "--recipe", "fp16", "--calibration-text", "gone.txt"], "name: 'gone.txt' is not a text"),
         (["compare", "tiny"], "Error: recipe: give --recipe, once or more, or --preset"),
         (["compare", "tiny", "--preset", "paper", "--out", "t.txt"], "out: expected a name that ends in .csv"),
         (["compare", "tiny", "--preset", "paper", "--out", "gone/t.csv"], "Error: out: gone is not a folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import qoqlab
 from qoqlab import comparison, recipes, viz
-from qoqlab.grids import INT8
+from qoqlab.grids import INT8, UINT4
 from qoqlab.recipes import Recipe
 from qoqlab.schemes import Scheme, WeightFormat, WeightKind
 
@@ -33,10 +34,10 @@ def table(model) -> pd.DataFrame:
 
 
 def test_one_row_per_model_method_and_text(table) -> None:
-    assert list(table.columns) == comparison.COLUMNS
+    assert list(table.columns) == [*comparison.COLUMNS, "error"] and table["error"].tolist() == [None] * len(table)
     assert len(table) == len(table.drop_duplicates(["model", "method", "text"])) == 2 * len(METHODS) * 2
     assert list(dict.fromkeys(table["method"])) == METHODS
-    assert not table.drop(columns=["model", "method", "format", "text"]).isna().any().any()
+    assert not table.drop(columns=["model", "method", "format", "text", "error"]).isna().any().any()
 
 
 def test_the_same_model_gives_the_same_numbers(table) -> None:
@@ -133,6 +134,106 @@ def test_figure(table) -> None:
     figure = viz.comparison(table)
     shown = {name for trace in figure.data for name in trace.y}
     assert shown == set(METHODS) - {"fp16"} and len({t.xaxis for t in figure.data}) == 4
+
+
+# --- failures and continuing ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_failures() -> pd.DataFrame:
+    """Fourteen heads, as Qwen2-0.5B has: there is no Hadamard matrix of that order for QuaRot's online transform."""
+    fourteen = build("qwen2", hidden_size=224, num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=1)
+    tests = {"one": random_ids(2, 16), "two": random_ids(2, 16, seed=5)}
+    methods = ["fp16", "quarot-w4a8kv4", "rtn-w4a8kv4", "rtn-w4a8kv4-g128"]
+    return qoqlab.compare(methods, fourteen, random_ids(2, 16), tests, progress=False)
+
+
+def test_a_method_that_fails_is_a_row_and_the_others_go_on(with_failures) -> None:
+    table = with_failures.set_index(["method", "text"])
+    assert len(table) == 8
+    failed = table[table["error"].notna()]
+    assert failed.index.tolist() == [(m, t) for m in ("quarot-w4a8kv4", "rtn-w4a8kv4-g128") for t in ("one", "two")]
+    assert failed.loc[("quarot-w4a8kv4", "one"), "error"].startswith("ValueError: ")
+    assert "no Hadamard matrix of order 14" in failed.loc[("quarot-w4a8kv4", "one"), "error"]
+    assert "224" in failed.loc[("rtn-w4a8kv4-g128", "two"), "error"], "groups of 128 do not divide 224"
+    numbers = [name for name in comparison.COLUMNS if name not in ("model", "method", "format", "text")]
+    assert failed[numbers].isna().all(axis=None) and table.drop(failed.index)[numbers].notna().all(axis=None)
+    assert failed["format"].tolist() == ["W4A8KV4"] * 2 + ["W4A8KV4 g128"] * 2
+
+
+def test_figures_leave_out_what_failed(with_failures) -> None:
+    shown = {name for trace in viz.comparison(with_failures).data for name in trace.y}
+    assert shown == {"rtn-w4a8kv4"}
+    one = with_failures[with_failures["text"] == "one"]
+    named = {name.strip() for trace in viz.trade_off(one, "weight_bits", "t", "bits").data for name in trace.text or ()}
+    assert named == {"fp16", "rtn-w4a8kv4"}
+    for draw in (viz.comparison, lambda table: viz.trade_off(table, "weight_bits", "t", "bits")):
+        with pytest.raises(ValueError, match="table: no method was measured; its column 'error' says why"):
+            draw(with_failures[with_failures["error"].notna()])
+
+
+def test_where_every_method_fails_the_table_says_so() -> None:
+    ids = random_ids(2, 16)
+    table = qoqlab.compare(["rtn-w4a4-g128"], build("llama"), ids, ids, progress=False)
+    assert list(table.columns) == [*comparison.COLUMNS, "error"] and table["error"].notna().all()
+
+
+@pytest.fixture
+def quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The recipes that `compare` has quantised by, in order. The one named "interrupted" is, as by Ctrl-C."""
+    seen = []
+
+    def quantize(model, recipe, *rest, **options):
+        seen.append(recipe.name)
+        if recipe.name == "interrupted":
+            raise KeyboardInterrupt
+        return qoqlab.quantize(model, recipe, *rest, **options)
+
+    monkeypatch.setattr(comparison, "quantize", quantize)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["table.jsonl", "table.parquet"])
+def test_an_interrupted_comparison_continues(name, tmp_path, quantised) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    network, ids = wide("llama"), random_ids(2, 16)
+    tests = {"one": ids, "two": random_ids(2, 16, seed=5)}
+
+    def compare(*methods, model=network, calibration=ids, tests=tests, runtime=False):
+        return qoqlab.compare(methods, model, calibration, tests, runtime, progress=False, out=tmp_path / name)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare("fp16", "rtn-w8a8", Recipe("interrupted", Scheme()), "rtn-w4a8")
+    assert quantised == ["fp16", "rtn-w8a8", "interrupted"]
+    table = compare("rtn-w8a8", "rtn-w4a8", "fp16")
+    assert quantised[3:] == ["rtn-w4a8"], "what was finished is not done again"
+    assert table["method"].tolist() == ["rtn-w8a8"] * 2 + ["rtn-w4a8"] * 2 + ["fp16"] * 2
+    fresh = qoqlab.compare(["rtn-w8a8", "rtn-w4a8", "fp16"], network, ids, tests, runtime=False, progress=False)
+    drop = ["seconds"]
+    pd.testing.assert_frame_equal(table.drop(columns=drop), fresh.drop(columns=drop))
+    # anything else that decides the numbers: measured anew
+    del quantised[:]
+    compare("fp16", calibration=random_ids(2, 16, seed=9))
+    compare("fp16", tests=tests | {"two": ids})
+    compare("fp16", runtime=True)
+    compare("fp16", model=wide("llama", rms_norm_eps=1e-3))
+    changed = copy.deepcopy(network)
+    changed.model.norm.weight.data[3] += 1
+    compare("fp16", model=changed)
+    compare(Recipe("fp16", Scheme(kv=UINT4)))
+    assert quantised == ["fp16"] * 6
+    compare("fp16", tests=dict(reversed(tests.items())))
+    assert len(quantised) == 6
+
+
+def test_failed_methods_are_tried_again_and_their_traceback_is_kept(tmp_path, quantised) -> None:
+    out, ids = tmp_path / "table.jsonl", random_ids(2, 16)
+    for _ in range(2):
+        table = qoqlab.compare(["rtn-w4a4-g128", "fp16"], build("llama"), ids, ids, progress=False, out=out)
+        assert table["error"].notna().tolist() == [True, False]
+    assert quantised == ["rtn-w4a4-g128", "fp16", "rtn-w4a4-g128"]
+    assert "Traceback" in json.loads(out.read_text().splitlines()[0])["traceback"]
 
 
 def test_the_committed_tables_say_what_the_documentation_says() -> None:

@@ -125,6 +125,33 @@ def test_results_that_no_row_can_hold_are_failures(value: object) -> None:
     assert table.error.notna().all()
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_point_that_exits_is_a_failed_point(jobs: int, tmp_path: Path) -> None:
+    """A script's own way to give up, such as argparse's, ends neither the study nor its processes."""
+
+    def function(x):
+        if x == 2:
+            sys.exit("no such GPU")
+        return os.getpid()
+
+    out = tmp_path / "study.jsonl"
+    table = sweep({"x": [1, 2, 3]}, function, out=out, jobs=jobs, progress=False)
+    assert table.error.tolist() == [None, "SystemExit: no such GPU", None]
+    assert "in function" in table.traceback[1] and table.result.notna().tolist() == [True, False, True]
+    assert len(out.read_text().splitlines()) == 3
+
+
+def test_an_interrupt_ends_the_study(tmp_path: Path) -> None:
+    def function(x):
+        if x == 2:
+            raise KeyboardInterrupt
+        return x
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep({"x": [1, 2, 3]}, function, out=tmp_path / "study.jsonl", jobs=1, progress=False)
+    assert len((tmp_path / "study.jsonl").read_text().splitlines()) == 1
+
+
 def dying(folder: Path):
     """A function whose point 3 ends its process until mended, and the points called so far."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import joblib
 import pandas as pd
-from comparison import CALIBRATION_WINDOWS, facts_of, models_on, texts_of, windows_of
+from comparison import CALIBRATION_WINDOWS, complete, facts_of, models_on, texts_of, windows_of
 
 import qoqlab
 from qoqlab.bundled import spread
@@ -44,7 +44,8 @@ def main() -> None:
         one([preset], {name: models[name]}, samples[draw], tests, runtime=False, progress=False)
         for draw, name, preset in cases
     )
-    table = pd.concat([t[KEPT].assign(draw=draw) for t, (draw, _, _) in zip(tables, cases, strict=True)], ignore_index=True)
+    parts = [complete(t)[KEPT].assign(draw=draw) for t, (draw, _, _) in zip(tables, cases, strict=True)]
+    table = pd.concat(parts, ignore_index=True)
     record = facts_of("calibration_spread.py", options) | {"results": table.round(4).to_dict("records")}
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table.groupby(["model", "text", "method"], sort=False)[["gap", "logits_sqnr_db"]].agg(["mean", "std"]).round(2))

@@ -26,7 +26,7 @@ import transformers
 
 import qoqlab
 from qoqlab.bundled import spread
-from qoqlab.comparison import resolve
+from qoqlab.comparison import COLUMNS, ERROR, resolve
 from qoqlab.tour import ACTIVATION_RATIO, KEY_RATIO, LENGTH
 
 CALIBRATION_WINDOWS = 16
@@ -52,6 +52,14 @@ def texts_of(wikitext: Path | None) -> dict[str, str]:
 def windows_of(tokenizer: Any, texts: dict[str, str]) -> dict[str, torch.Tensor]:
     """Tokens of the windows that are tested, from all over each text."""
     return {name: spread(qoqlab.tokens(tokenizer, text, LENGTH), TEST_WINDOWS) for name, text in texts.items()}
+
+
+def complete(table: pd.DataFrame) -> pd.DataFrame:
+    """A comparison without its column of errors. Ends the program where a method failed: no table is published then."""
+    failed = table[table[ERROR].notna()]
+    if len(failed):
+        raise SystemExit(failed[["model", "method", ERROR]].drop_duplicates().to_string(index=False))
+    return table[COLUMNS]
 
 
 def facts_of(script: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +105,7 @@ def main() -> None:
     recipes = resolve(options.only or "paper")
     pairs = [({name: network}, [recipe]) for name, network in models.items() for recipe in recipes]
     parts = joblib.Parallel(n_jobs=options.jobs)(one(recipe, network, calibration, tests) for network, recipe in pairs)
-    table = pd.concat(parts, ignore_index=True)
+    table = complete(pd.concat(parts, ignore_index=True))
     if options.only:
         before = pd.read_csv(options.out)
         order = list(dict.fromkeys(before["method"]))
