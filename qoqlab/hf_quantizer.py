@@ -1,7 +1,7 @@
 """QoQ as a quantisation method of transformers: `QoQConfig` for ``from_pretrained(path, quantization_config=...)``.
 
-Importing this module registers the method "qoq" with transformers, which needs it to load a folder that
-``save_pretrained`` wrote; ``qoqlab.QoQConfig`` imports it on first use.
+`registration` tells transformers of the method "qoq", which needs it to load a folder that ``save_pretrained`` wrote, and
+imports this module when the method is first used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import attention, recipes
+from . import attention, recipes, registration
 from .architecture import LINEARS, SUPPORTED, defining, describe
 from .bundled import load_text, spread, tokens
 from .formats import recipe_from_json, recipe_to_json
@@ -32,7 +32,7 @@ from .recipes import Recipe
 from .runtime import layer_from
 from .tensorfile import CheckpointError, digest_of, digest_of_tensor, parse_json
 
-METHOD = "qoq"
+METHOD = registration.METHOD
 #: Version of what ``save_pretrained`` writes. Version 1, read as well, has digests of quantised parts' bytes alone, or none.
 SCHEMA = 2
 
@@ -48,9 +48,9 @@ class QoQConfig(QuantizationConfigMixin):
 
     ``save_pretrained`` keeps the recipe and drops calibration tokens and text. The resulting model is an ordinary one of
     transformers in simulated mode; `as_quantized` makes it the `QuantizedModel` that this library's functions take.
-    ``digests`` (SHA-256 by name of every tensor, with its dtype and shape) and ``sha256`` (of digests, recipe and what defines
-    the model in ``config.json``) are for ``save_pretrained`` to write and loading to check, before any tensor is cast to
-    another dtype; damage is a `CheckpointError`. Who edits ``config.json`` on purpose removes both entries.
+    ``digests`` (SHA-256 by name of every tensor, with its dtype and shape) and ``sha256`` (of digests, recipe and what
+    defines the model in ``config.json``) are for ``save_pretrained`` to write and loading to check, before any tensor is cast
+    to another dtype; damage is a `CheckpointError`. Who edits ``config.json`` on purpose removes both entries.
 
     Raises TypeError or ValueError for an unknown recipe, calibration of the wrong kind, or both sources at once.
     """
@@ -334,7 +334,7 @@ def _register() -> None:
     """Tell transformers about the method; again after a reload of this module, but never over somebody else's."""
     for mapping, ours in ((AUTO_QUANTIZATION_CONFIG_MAPPING, QoQConfig), (AUTO_QUANTIZER_MAPPING, QoQHfQuantizer)):
         there = mapping.get(METHOD)
-        if there is not None and there.__module__ != __name__:
+        if there is not None and there.__module__ not in (__name__, registration.__name__):
             raise ImportError(f"transformers has a quantisation method {METHOD!r} of {there.__module__} already")
         mapping[METHOD] = ours  # type: ignore[assignment]
 

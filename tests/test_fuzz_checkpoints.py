@@ -71,7 +71,7 @@ def damaged(kind: str) -> Iterator[Path]:
 
 
 def load_with_transformers(folder: Path) -> QuantizedModel:
-    """Damage that transformers finds before it asks us gets transformers' own error, or leaves a model that is none of ours."""
+    """Damage that transformers meets before it asks us gets its own error, or leaves a model that is none of ours."""
     try:
         loaded = AutoModelForCausalLM.from_pretrained(folder)
     except CheckpointError:

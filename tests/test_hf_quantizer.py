@@ -11,15 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.quantizers import auto
 
 import qoqlab
-from qoqlab import Mode, QoQConfig, hf_quantizer, perplexity, quantize
+from qoqlab import Mode, QoQConfig, hf_quantizer, perplexity, quantize, registration
 from qoqlab.bundled import model_folder
 from qoqlab.grids import INT8, UINT4
 from qoqlab.hf import KV4Cache
@@ -183,16 +185,38 @@ def test_the_configuration_holds_the_recipe_and_no_data(tmp_path: Path) -> None:
     assert json.loads(QoQConfig().to_json_string()) == QoQConfig().to_dict()
 
 
-def test_importing_the_package_leaves_transformers_alone() -> None:
-    code = (
-        "import sys, qoqlab\n"
-        "assert 'transformers' not in sys.modules\n"
-        "qoqlab.QoQConfig\n"
-        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
-        "print('qoq' in known)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout.strip() == "True"
+QOQLAB_FIRST = """
+import sys, qoqlab
+def waiting(): return [finder for finder in sys.meta_path if type(finder).__module__ == "qoqlab.registration"]
+assert "transformers" not in sys.modules and len(waiting()) == 1
+import inspect, transformers.quantizers.auto as tables
+assert "qoqlab.hf_quantizer" not in sys.modules and not waiting()
+assert inspect.getsource(tables)  # the loader is the usual one
+"""
+TRANSFORMERS_FIRST = """
+import transformers.quantizers.auto
+import qoqlab
+"""
+LOAD = """
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({folder!r})
+print([type(m).__name__ for m in model.modules()].count("QuantLinear"), type(model.config.quantization_config).__name__)
+"""
+
+
+@pytest.mark.parametrize("imports", [QOQLAB_FIRST, TRANSFORMERS_FIRST])
+def test_importing_the_package_is_enough_whatever_comes_first(imports: str, saved: Path) -> None:
+    code = imports + LOAD.format(folder=str(saved))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.stdout.strip(), run.returncode) == ("14 QoQConfig", 0), run.stderr
+
+
+def test_a_method_of_somebody_else_is_kept_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "qoq", Fraction)
+    registration.register()
+    assert auto.AUTO_QUANTIZER_MAPPING["qoq"] is Fraction
+    with pytest.raises(ImportError, match="transformers has a quantisation method 'qoq' of fractions already"):
+        hf_quantizer._register()
 
 
 def test_the_module_can_be_imported_again() -> None:
@@ -404,7 +428,7 @@ def test_digests_are_of_what_is_saved(saved: Path, tmp_path: Path) -> None:
         (
             {"sha256": "ab"},
             ValueError,
-            "sha256: expected the SHA-256 of digests and configuration, beside digests, got 'ab'",
+            "sha256: expected the SHA-256 of digests and configuration, beside digests, got",
         ),
         ({"quant_method": "awq"}, ValueError, "got 'awq' of schema 2"),
         ({"digests": ["a"]}, ValueError, "digests: expected SHA-256 in hexadecimal by tensor name, got list"),
