@@ -49,8 +49,8 @@ class QoQConfig(QuantizationConfigMixin):
     ``save_pretrained`` keeps the recipe and drops calibration tokens and text. The resulting model is an ordinary one of
     transformers in simulated mode; `as_quantized` makes it the `QuantizedModel` that this library's functions take.
     ``digests`` (SHA-256 by name of every tensor, with its dtype and shape) and ``sha256`` (of digests, recipe and what
-    defines the model in ``config.json``) are for ``save_pretrained`` to write and loading to check, before any tensor is cast
-    to another dtype; damage is a `CheckpointError`. Who edits ``config.json`` on purpose removes both entries.
+    defines the model in ``config.json``) are for ``save_pretrained`` to write and loading to check, before anything is
+    cast to another dtype; damage is a `CheckpointError`. Who edits ``config.json`` on purpose removes both entries.
 
     Raises TypeError or ValueError for an unknown recipe, calibration of the wrong kind, or both sources at once.
     """
