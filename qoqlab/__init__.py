@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import registration as _registration
+
 if TYPE_CHECKING:  # static readers see plain imports, Python loads lazily
     from .attention import Mode as Mode
     from .bundled import load_text as load_text
@@ -92,6 +94,9 @@ _MODULES = [
 ]
 
 __all__ = [*_EXPORTS, *_MODULES]
+
+
+_registration.register()
 
 
 def __getattr__(name: str) -> Any:

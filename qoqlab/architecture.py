@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,19 @@ LINEARS = {
 }
 #: Activation sites: the tensors that feed linears, and the linears that read them.
 SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+#: Entries of a ``config.json`` that decide what a supported model computes from its weights, in old files and new ones.
+#: Token ids, text lengths for tokenizers, defaults of training and of generation do not.
+DEFINING = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "hidden_act", "rms_norm_eps"),
+    *("rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "dtype", "torch_dtype"),
+)
+
+
+def defining(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those entries of a ``config.json`` that are in `DEFINING`."""
+    return {name: config[name] for name in DEFINING if name in config}
 
 
 def replace_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:

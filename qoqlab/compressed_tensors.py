@@ -6,7 +6,8 @@ W8A8   the INT8 weights that QoQ's kernels decode to, stored as they are, with p
        to the last bit, at 8 bits each. Also for per-channel 4-bit weights with an integer zero: code - zero fits INT8.
 W4A16  4-bit codes with a scale (and zero) per group or channel; activations stay fp16. For progressive groups the scale is
        the product of both levels, rounded to fp16: each weight within 1 part in 2048.
-W4A8   the same with per-token INT8 activations. Engines run it with symmetric weights only: not QoQ's, but QuaRot's.
+W4A8   the same with per-token INT8 activations. Engines run it with symmetric weights only: not QoQ's, but those of the
+       preset gptq-w4a8-g128. (QuaRot's are symmetric too, but need Hadamard transforms at run time, which no layout holds.)
 
 The KV cache is the engine's own affair; nothing in this format describes QoQ's 4-bit cache.
 """

@@ -20,6 +20,7 @@ from torch import nn
 from .architecture import SUPPORTED, Block, describe, replace_parameter
 from .capture import Batch
 from .checks import require_finite
+from .tensorfile import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -53,6 +54,11 @@ class MappedTensors(Mapping[str, torch.Tensor]):
         """A tensor's shape, without reading it."""
         return self._file_of[name].get_slice(name).get_shape()
 
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, read off an empty slice of it."""
+        part = self._file_of[name].get_slice(name)
+        return (part[:0] if part.get_shape() else part[...]).dtype
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
@@ -68,7 +74,7 @@ def _map(path: Path) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"model: there is no {path.name} in {path.parent}") from None
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model: {path} is not readable as safetensors ({error})") from None
+        raise CheckpointError(f"model: {path} is not readable as safetensors ({error})") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -66,6 +66,7 @@ PER_CHANNEL_INT8 = WeightFormat(WeightKind.CHANNEL_S8)
 
 PER_CHANNEL_INT4 = WeightFormat(WeightKind.CHANNEL_S4)
 GROUPS = WeightFormat(WeightKind.GROUP_U4)
+SYMMETRIC_GROUPS = WeightFormat(WeightKind.GROUP_S4)
 #: Atom's weights: symmetric groups, 128 channels of each input (in small models 1 in 32) at INT8.
 MIXED = WeightFormat(WeightKind.GROUP_S4, outliers=128)
 
@@ -143,6 +144,13 @@ def _baselines() -> list[Recipe]:
             "GPTQ, arXiv 2210.17323, with columns in order of their Hessian diagonal (GPTQ-R in the QServe paper). Group "
             "scales are fixed beforehand; the inputs of every layer are those of the unquantised network; a row that error "
             "feedback would make worse is rounded to nearest.",
+        ),
+        Recipe(
+            "gptq-w4a8-g128",
+            Scheme(SYMMETRIC_GROUPS, INT8),
+            (_GPTQ,),
+            "GPTQ, arXiv 2210.17323, as in gptq-w4a16-g128, on symmetric groups and with activations at 8 bits per token: "
+            "what engines run as W4A8 of compressed-tensors (`formats.Layout.W4A8`).",
         ),
         Recipe("awq-w4a16-g128", Scheme(GROUPS), awq, f"{awq_source}."),
         Recipe(

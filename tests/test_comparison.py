@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -252,3 +254,20 @@ def test_the_committed_tables_say_what_the_documentation_says() -> None:
     mean = draws.pivot_table(index="method", columns=["model", "text"], values="gap")
     assert (mean.loc["qoq-plus", "planted"] < 0.9 * mean.loc[["qoq-g128", "qoq-per-channel"], "planted"].min()).all()
     assert mean.loc["qoq-plus", ("bundled", "WikiText-2")] < mean.loc["qoq-g128", ("bundled", "WikiText-2")]
+
+
+def test_the_stored_tables_name_their_wikitext() -> None:
+    """Release and window, since published perplexities have others."""
+    benchmarks = Path(__file__).parents[1] / "data" / "benchmarks"
+    spec = importlib.util.spec_from_file_location("comparison_script", benchmarks / "comparison.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.release_of("A film by <unk> .") != script.release_of("A film by Ozu .") == "raw release"
+    options = argparse.Namespace(commit="c", device="cpu", jobs=1)
+    facts = script.facts_of("comparison.py", options, {"WikiText-2": "Robert <unk> is an English film actor ."})
+    for name in ("comparison.json", "calibration_spread.json"):
+        stored = json.loads((benchmarks / name).read_text(encoding="utf-8"))
+        assert {key: stored[key] for key in ("window", "test_windows", "wikitext_2")} == {
+            key: facts[key] for key in ("window", "test_windows", "wikitext_2")
+        }
+    assert "wikitext_2" not in script.facts_of("comparison.py", options, {})

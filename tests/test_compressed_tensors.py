@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from qoqlab import quantize
 from qoqlab.affine import Affine
@@ -19,10 +20,10 @@ from qoqlab.grouped import Grouped
 from qoqlab.packing import pack_u4_words
 from qoqlab.pipeline import QuantizedModel
 from qoqlab.progressive import FirstLevel, ProgressiveWeight
-from qoqlab.recipes import Recipe
+from qoqlab.recipes import Recipe, get, names
 from qoqlab.schemes import Scheme, WeightFormat, WeightKind
 
-from .families import random_ids, wide
+from .families import logits, random_ids, wide
 
 IDS = random_ids(3, 12)
 K = WeightKind
@@ -171,17 +172,44 @@ def test_the_default_layout(scheme: Scheme, layout: Layout, tmp_path: Path) -> N
 @pytest.mark.parametrize("case", CASES)
 def test_the_package_itself_reads_it(case: str, tmp_path: Path) -> None:
     """Decompressed by compressed-tensors, the weights are the model's; compressed again, the file's, byte for byte."""
+    scheme, layout, exact = CASES[case]
+    q = rtn(scheme)
+    export_compressed_tensors(q, tmp_path, layout)
+    require_package_reads(q, tmp_path, exact)
+
+
+def test_a_preset_is_for_engines_w4a8(quantized, tmp_path: Path) -> None:
+    q = quantized("llama", "gptq-w4a8-g128")
+    export_compressed_tensors(q, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"] == quantization_config(WeightFormat(K.GROUP_S4), Layout.W4A8)
+    state = load_file(tmp_path / "model.safetensors")
+    for name, layer in linears(q):
+        assert torch.equal(decode(state, name), layer.quantized.dequantize()), name
+    require_package_reads(q, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = logits(q.model, IDS)  # the package rounds activations on a grid of its own, -128 to 127: 3 % of the logits
+    assert float((logits(loaded, IDS) - ours).norm() / ours.norm()) < 0.1
+
+
+@pytest.mark.parametrize("preset", sorted(set(names()) - {"gptq-w4a8-g128"}))
+def test_no_other_preset_is(preset: str, tmp_path: Path) -> None:
+    """What the documentation says of this layout."""
+    recipe = get(preset)
+    q = quantize(wide("llama"), recipe, IDS, progress=False, report=False)
+    with pytest.raises(ValueError, match=r"quantized: |recipe: "):
+        export_compressed_tensors(q, tmp_path, Layout.W4A8)
+
+
+def require_package_reads(q: QuantizedModel, folder: Path, exact: bool = True) -> None:
     pytest.importorskip("compressed_tensors", minversion="0.15")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    scheme, layout, exact = CASES[case]
-    q = rtn(scheme)
-    export_compressed_tensors(q, tmp_path, layout)
-    entry = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    entry = json.loads((folder / "config.json").read_text())["quantization_config"]
     group = QuantizationConfig.model_validate(entry).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(entry["format"])
-    state = load_file(tmp_path / "model.safetensors")
+    state = load_file(folder / "model.safetensors")
     for name, layer in linears(q):
         held = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
         assert held.keys() == set(compressor.compression_param_names(group))

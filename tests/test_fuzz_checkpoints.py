@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from transformers import AutoModelForCausalLM
 
-from qoqlab import formats, load, quantize, save
+from qoqlab import formats, hf_quantizer, load, quantize, save
 from qoqlab.formats import MANIFEST, CheckpointError
 from qoqlab.pipeline import QuantizedModel
 
@@ -28,6 +30,14 @@ from .families import random_ids, wide
 FUZZ = settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 EXPORTS = {"qserve": (formats.export_qserve, formats.import_qserve)}
 PRESET = "rtn-w4a8kv4-g128"
+
+
+WRITERS = {
+    "native": save,
+    "qserve": formats.export_qserve,
+    "deepcompressor": formats.export_deepcompressor,
+    "transformers": hf_quantizer.save_pretrained,
+}
 
 
 @functools.cache
@@ -41,16 +51,14 @@ def pristine(kind: str) -> Path:
     folder = Path(tempfile.mkdtemp()) / kind
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        {"native": save, "qserve": formats.export_qserve, "deepcompressor": formats.export_deepcompressor}[kind](
-            model(), folder
-        )
+        WRITERS[kind](model(), folder)
     return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _clean() -> Iterator[None]:
     yield
-    for kind in ("native", "qserve", "deepcompressor"):
+    for kind in WRITERS:
         shutil.rmtree(pristine(kind).parent, ignore_errors=True)
     pristine.cache_clear()
 
@@ -62,7 +70,28 @@ def damaged(kind: str) -> Iterator[Path]:
         yield Path(shutil.copytree(pristine(kind), Path(folder) / "copy"))
 
 
-READERS = {"native": load, "qserve": formats.import_qserve, "deepcompressor": formats.import_deepcompressor}
+def load_with_transformers(folder: Path) -> QuantizedModel:
+    """Damage that transformers meets before it asks us gets its own error, or leaves a model that is none of ours."""
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if any(Path(frame.filename).parent.name == "qoqlab" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise CheckpointError("transformers") from error
+    try:
+        return hf_quantizer.as_quantized(loaded)
+    except TypeError as error:
+        raise CheckpointError("not ours") from error
+
+
+READERS = {
+    "native": load,
+    "qserve": formats.import_qserve,
+    "deepcompressor": formats.import_deepcompressor,
+    "transformers": load_with_transformers,
+}
 
 
 def contents(q: QuantizedModel) -> dict[str, torch.Tensor]:
@@ -123,6 +152,31 @@ def test_flipped_bits_of_exported_weights(data: st.DataObject) -> None:
     with damaged("qserve") as folder:
         flip(folder / "model.safetensors", data.draw(st.lists(POSITIONS, min_size=1, max_size=3)))
         assert_error_or_same("qserve", folder)
+
+
+@FUZZ
+@given(st.data())
+def test_flipped_bits_of_transformers_folders(data: st.DataObject) -> None:
+    """Every tensor, the recipe and what defines the model are under digests: the saved model, an error, or none of ours."""
+    with damaged("transformers") as folder:
+        name = data.draw(st.sampled_from(["model.safetensors", "config.json"]))
+        flip(folder / name, data.draw(st.lists(POSITIONS, min_size=1, max_size=3)))
+        assert_error_or_same("transformers", folder)
+
+
+@settings(FUZZ, max_examples=100)
+@given(st.data())
+def test_hostile_configurations_of_transformers_folders(data: st.DataObject) -> None:
+    """The same for whole entries that are replaced or gone."""
+    with damaged("transformers") as folder:
+        config = json.loads((folder / "config.json").read_text())
+        places = [p for p in paths(config) if "digests" not in p]
+        places += [p for p in paths(config) if "digests" in p][:5]
+        mutate(config, data.draw(st.sampled_from(places)), data.draw(HOSTILE), data.draw(st.booleans()))
+        (folder / "config.json").write_text(json.dumps(config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert_error_or_same("transformers", folder)
 
 
 @FUZZ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -9,15 +10,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.quantizers import auto
 
 import qoqlab
-from qoqlab import Mode, QoQConfig, hf_quantizer, perplexity, quantize
+from qoqlab import Mode, QoQConfig, hf_quantizer, perplexity, quantize, registration
 from qoqlab.bundled import model_folder
 from qoqlab.grids import INT8, UINT4
 from qoqlab.hf import KV4Cache
@@ -26,6 +30,7 @@ from qoqlab.recipes import PROGRESSIVE, Recipe, Step
 from qoqlab.runtime import QuantLinear
 from qoqlab.schemes import Scheme
 from qoqlab.steps import rotate
+from qoqlab.tensorfile import CheckpointError
 
 from .families import FAMILIES, cast_parameters, logits, random_ids, wide
 from .quick import QUICK, without_clipping
@@ -167,28 +172,51 @@ def test_the_configuration_holds_the_recipe_and_no_data(tmp_path: Path) -> None:
     wide("llama").save_pretrained(tmp_path / "plain")
     load(tmp_path / "plain", QoQConfig(QUICK, calibration=IDS)).save_pretrained(tmp_path / "quantised")
     written = json.loads((tmp_path / "quantised" / "config.json").read_text())["quantization_config"]
-    assert written.keys() == {"quant_method", "schema", "recipe", "digests"}
-    assert (written["quant_method"], written["schema"], written["recipe"]["name"]) == ("qoq", 1, QUICK.name)
+    assert written.keys() == {"quant_method", "schema", "recipe", "digests", "sha256"}
+    assert (written["quant_method"], written["schema"], written["recipe"]["name"]) == ("qoq", 2, QUICK.name)
     assert QoQConfig(**written).to_dict() == written
     stored = load_file(tmp_path / "quantised" / "model.safetensors")
-    parts = ("codes", "channel_scales", "group_scales", "group_zeros")
-    made = {name: tensor for name, tensor in stored.items() if name.rpartition(".")[2] in parts}
-    assert len(made) == 14 * len(parts)
-    expected = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in made.items()}
+    expected = {}
+    for name, tensor in stored.items():
+        content = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        text = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {content}"
+        expected[name] = hashlib.sha256(text.encode()).hexdigest()
     assert written["digests"] == expected
     assert json.loads(QoQConfig().to_json_string()) == QoQConfig().to_dict()
 
 
-def test_importing_the_package_leaves_transformers_alone() -> None:
-    code = (
-        "import sys, qoqlab\n"
-        "assert 'transformers' not in sys.modules\n"
-        "qoqlab.QoQConfig\n"
-        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
-        "print('qoq' in known)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout.strip() == "True"
+QOQLAB_FIRST = """
+import sys, qoqlab
+def waiting(): return [finder for finder in sys.meta_path if type(finder).__module__ == "qoqlab.registration"]
+assert "transformers" not in sys.modules and len(waiting()) == 1
+import inspect, transformers.quantizers.auto as tables
+assert "qoqlab.hf_quantizer" not in sys.modules and not waiting()
+assert inspect.getsource(tables)  # the loader is the usual one
+"""
+TRANSFORMERS_FIRST = """
+import transformers.quantizers.auto
+import qoqlab
+"""
+LOAD = """
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({folder!r})
+print([type(m).__name__ for m in model.modules()].count("QuantLinear"), type(model.config.quantization_config).__name__)
+"""
+
+
+@pytest.mark.parametrize("imports", [QOQLAB_FIRST, TRANSFORMERS_FIRST])
+def test_importing_the_package_is_enough_whatever_comes_first(imports: str, saved: Path) -> None:
+    code = imports + LOAD.format(folder=str(saved))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.stdout.strip(), run.returncode) == ("14 QoQConfig", 0), run.stderr
+
+
+def test_a_method_of_somebody_else_is_kept_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "qoq", Fraction)
+    registration.register()
+    assert auto.AUTO_QUANTIZER_MAPPING["qoq"] is Fraction
+    with pytest.raises(ImportError, match="transformers has a quantisation method 'qoq' of fractions already"):
+        hf_quantizer._register()
 
 
 def test_the_module_can_be_imported_again() -> None:
@@ -217,11 +245,33 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def edit(folder: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def drop_digests(folder: Path) -> None:
     """What folders looked like before there were digests."""
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]["digests"]
-    (folder / "config.json").write_text(json.dumps(config))
+
+    def change(config: dict) -> None:
+        del config["quantization_config"]["digests"], config["quantization_config"]["sha256"]
+        config["quantization_config"]["schema"] = 1
+
+    edit(folder, change)
+
+
+def as_of_schema_1(folder: Path) -> None:
+    """What folders looked like when quantised parts alone had digests, of their bytes."""
+
+    def change(config: dict) -> None:
+        parts = ("codes", "scales", "zeros", "online.hadamard", "online.order")
+        stored = load_file(folder / "model.safetensors")
+        digests = {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in stored.items() if n.endswith(parts)}
+        del config["quantization_config"]["sha256"]
+        config["quantization_config"] |= {"schema": 1, "digests": digests}
+
+    edit(folder, change)
 
 
 @pytest.mark.parametrize("digests", [True, False])
@@ -233,7 +283,7 @@ def test_a_missing_tensor_is_named(name: str, digests: bool, saved: Path) -> Non
     rewrite(saved, lambda tensors: tensors.pop(name))
     if not digests:
         drop_digests(saved)
-    with pytest.raises(ValueError, match=re.escape(f"{saved}: tensor {name} is missing")):
+    with note(None if digests else "has no digests"), raises(f"{saved}: tensor {name} is missing"):
         load(saved)
 
 
@@ -244,18 +294,103 @@ def test_a_missing_online_transform_is_named(saved: Path) -> None:
         load(saved)
 
 
-@pytest.mark.parametrize("part", ["codes", "scales"])
-def test_a_flipped_bit_is_named(part: str, saved: Path) -> None:
-    name = CODES.replace("codes", part)
+def raises(message: str) -> AbstractContextManager:
+    return pytest.raises(CheckpointError, match=re.escape(message))
 
-    def flip(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name].view(torch.uint8).view(-1)[7] ^= 1
 
-    rewrite(saved, flip)
-    with pytest.raises(ValueError, match=re.escape(f"{saved}: tensor {name}: SHA-256 differs")):
+def note(text: str | None) -> AbstractContextManager:
+    return pytest.warns(UserWarning, match=text) if text else contextlib.nullcontext()
+
+
+def flip(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors[name].view(torch.uint8).view(-1)[7].bitwise_xor_(1)
+
+
+OTHERS = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", [CODES, CODES.replace("codes", "scales"), *OTHERS])
+def test_a_flipped_bit_is_named_in_whatever_dtype_is_asked_for(name: str, dtype: torch.dtype | None, saved: Path) -> None:
+    options = {"dtype": dtype} if dtype else {}
+    assert load(saved, **options).dtype == (dtype or torch.float32)
+    rewrite(saved, flip(name))
+    with raises(f"{saved}: tensor {name}: SHA-256 differs"):
+        load(saved, **options)
+
+
+def test_folders_of_older_versions_load_and_say_what_they_lack(saved: Path) -> None:
+    before = load(saved)
+    as_of_schema_1(saved)
+    with note("has digests of quantised parts alone"):
+        require_same_tensors(load(saved), before)
+    rewrite(saved, flip("model.norm.weight"))
+    with note("has digests of quantised parts alone"):
         load(saved)
-    drop_digests(saved)
-    assert isinstance(load(saved).get_submodule(CODES.removesuffix(".codes")), QuantLinear)
+    rewrite(saved, flip(CODES))
+    with note("has digests of quantised parts alone"), raises(f"{saved}: tensor {CODES}: SHA-256 differs"):
+        load(saved)
+    edit(saved, lambda config: config["quantization_config"].pop("digests"))
+    with note("has no digests"):
+        assert isinstance(load(saved).get_submodule(CODES.removesuffix(".codes")), QuantLinear)
+
+
+@pytest.mark.parametrize("digests", [True, False])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.embed_tokens.weight", lambda tensor: tensor.reshape(-1, 32)),
+        (CODES, lambda tensor: tensor.T.contiguous()),
+        (CODES, lambda tensor: tensor.view(torch.int8)),
+        ("model.norm.weight", lambda tensor: tensor[:-1].clone()),
+        ("model.norm.weight", lambda tensor: tensor.view(torch.int32)),
+    ],
+)
+def test_other_shapes_and_dtypes_are_named(name: str, change: Callable, digests: bool, saved: Path) -> None:
+    if not digests:
+        drop_digests(saved)
+    rewrite(saved, lambda tensors: tensors.update({name: change(tensors[name])}))
+    with note(None if digests else "has no digests"), raises(f"{saved}: tensor {name}: "):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(rms_norm_eps=0.1),
+        lambda config: config["rope_parameters"].update(rope_theta=20000.0),
+        lambda config: config.pop("rms_norm_eps"),
+        lambda config: config.update(dtype="float16"),
+        lambda config: config["quantization_config"]["recipe"]["scheme"].update(activations="INT8"),
+        lambda config: config["quantization_config"]["recipe"].update(name="qoq-g128"),
+        lambda config: config["quantization_config"]["digests"].pop("model.norm.weight"),
+    ],
+)
+def test_an_edited_configuration_is_refused(change: Callable[[dict], object], saved: Path) -> None:
+    edit(saved, change)
+    with raises(f"{saved / 'config.json'}: SHA-256 of what defines model and quantisation differs"):
+        load(saved)
+    drop_digests(saved)  # edited on purpose
+    with note("has no digests"):
+        load(saved)
+
+
+def test_what_does_not_define_the_model_may_be_edited(saved: Path) -> None:
+    before = load(saved)
+    edit(saved, lambda config: config.update(eos_token_id=7, use_cache=False, transformers_version="6.0"))
+    require_same_tensors(load(saved), before)
+
+
+def test_offloaded_tensors_have_digests_too(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    places = {"model.embed_tokens": "disk", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(saved, device_map=places, offload_folder=tmp_path / "offload", offload_buffers=True)
+    assert model.get_input_embeddings().weight.is_meta
+    with note("offloaded modules"):
+        model.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
 
 def test_damage_is_found_where_layers_are_offloaded_to_disk(saved: Path, tmp_path: Path) -> None:
@@ -289,8 +424,13 @@ def test_digests_are_of_what_is_saved(saved: Path, tmp_path: Path) -> None:
         ({"calibration": [1]}, TypeError, "calibration: expected int64 tokens"),
         ({"calibration": IDS, "text": "a.txt"}, ValueError, "calibration: give tokens or text, not both"),
         ({"windows": 0}, ValueError, "windows: expected a positive integer, got 0"),
-        ({"schema": 2}, ValueError, "got 'qoq' of schema 2"),
-        ({"quant_method": "awq"}, ValueError, "got 'awq' of schema 1"),
+        ({"schema": 3}, ValueError, "got 'qoq' of schema 3"),
+        (
+            {"sha256": "ab"},
+            ValueError,
+            "sha256: expected the SHA-256 of digests and configuration, beside digests, got",
+        ),
+        ({"quant_method": "awq"}, ValueError, "got 'awq' of schema 2"),
         ({"digests": ["a"]}, ValueError, "digests: expected SHA-256 in hexadecimal by tensor name, got list"),
         ({"wbits": 4, "group_size": 128}, ValueError, "quantization_config: entries group_size, wbits are not of a model"),
     ],

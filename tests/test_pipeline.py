@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -290,3 +292,23 @@ def test_later_changes_of_the_original_do_not_reach_the_quantised_model() -> Non
                 parameter.add_(1.0)
         assert torch.equal(logits(quantized, IDS), expected)
         assert describe(quantized).tied
+
+
+def test_the_readme_quotes_the_record_of_peak_memory() -> None:
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "data" / "benchmarks" / "peak_memory.json").read_text(encoding="utf-8"))
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    (row,) = [row for row in record["results"] if row["recipe"] == "qoq-g128"]
+    g, tokens = row["geometry"], math.prod(row["calibration"])
+    measured, seconds = row["peak_bytes_beside_model"], row["seconds_for_all_blocks"]
+    today = peak_bytes(g["hidden"], g["intermediate"], g["kv_heads"] * g["head_dim"], tokens)["total"]
+    attention_weights = 2 * g["hidden"] * (g["heads"] + g["kv_heads"]) * g["head_dim"]
+    block = attention_weights + 3 * g["hidden"] * g["intermediate"] + 2 * g["hidden"]
+    weights = 2 * (g["layers"] * block + 2 * 128256 * g["hidden"] + g["hidden"])  # bf16; Llama-3's vocabulary, untied
+    assert f"{today / 2**30:.2f} GiB on paper" in readme
+    assert f"by the version of {record['date']}" in readme and record["gpu"] == "NVIDIA H200"
+    assert f"{measured / 1e9:.2f} GB ({measured / 2**30:.1f} GiB) beside the model" in readme
+    assert f"formula said {row['peak_bytes_on_paper']['total'] / 1e9:.2f} GB" in readme
+    assert f"{row['seconds_per_block']:.1f} s, hence {seconds:.0f} s for all {g['layers']} blocks" in readme
+    whole = f"{weights / 1e9:.2f} GB of weights in bf16 and the {measured / 1e9:.2f} GB make"
+    assert f"{whole} {(weights + measured) / 1e9:.2f} GB" in readme

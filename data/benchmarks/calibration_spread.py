@@ -37,7 +37,8 @@ def main() -> None:
     models, tokenizer = models_on(options.device)
     windows = qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH)
     samples = [spread(windows[draw:], CALIBRATION_WINDOWS) for draw in range(DRAWS)]
-    tests = windows_of(tokenizer, texts_of(options.wikitext))
+    texts = texts_of(options.wikitext)
+    tests = windows_of(tokenizer, texts)
     one = joblib.delayed(qoqlab.compare)
     cases = [(draw, name, preset) for draw in range(DRAWS) for name in models for preset in PRESETS]
     tables = joblib.Parallel(n_jobs=options.jobs)(
@@ -46,7 +47,7 @@ def main() -> None:
     )
     parts = [complete(t)[KEPT].assign(draw=draw) for t, (draw, _, _) in zip(tables, cases, strict=True)]
     table = pd.concat(parts, ignore_index=True)
-    record = facts_of("calibration_spread.py", options) | {"results": table.round(4).to_dict("records")}
+    record = facts_of("calibration_spread.py", options, texts) | {"results": table.round(4).to_dict("records")}
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table.groupby(["model", "text", "method"], sort=False)[["gap", "logits_sqnr_db"]].agg(["mean", "std"]).round(2))
 

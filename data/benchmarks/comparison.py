@@ -4,7 +4,8 @@
 
 One row per model, method and text. Texts: Python's documentation, which calibration also uses (other topics of it), and
 WikiText-2, if its folder is given, which is unlike anything that the model was trained on (its test split as
-`qoqlab.load_text` reads it, as published perplexities do). Takes hours on two CPU cores and minutes on a GPU, ``--device
+`qoqlab.load_text` reads it; published perplexities are of the raw release in windows of 2048 tokens, the table beside this
+script of the word-level release in windows of 512, as its JSON file says). Takes hours on two CPU cores and minutes on a GPU, ``--device
 cuda``; ``--jobs`` measures several methods at a time. A JSON file beside the table says with which versions.
 """
 
@@ -49,6 +50,11 @@ def texts_of(wikitext: Path | None) -> dict[str, str]:
     return texts
 
 
+def release_of(text: str) -> str:
+    """Which of WikiText-2's two releases a text is of; their perplexities differ."""
+    return "word-level release (rare words are <unk>)" if "<unk>" in text else "raw release"
+
+
 def windows_of(tokenizer: Any, texts: dict[str, str]) -> dict[str, torch.Tensor]:
     """Tokens of the windows that are tested, from all over each text."""
     return {name: spread(qoqlab.tokens(tokenizer, text, LENGTH), TEST_WINDOWS) for name, text in texts.items()}
@@ -62,7 +68,7 @@ def complete(table: pd.DataFrame) -> pd.DataFrame:
     return table[COLUMNS]
 
 
-def facts_of(script: str, options: argparse.Namespace) -> dict[str, Any]:
+def facts_of(script: str, options: argparse.Namespace, texts: dict[str, str]) -> dict[str, Any]:
     """What a reader needs to make the same numbers."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
@@ -80,6 +86,7 @@ def facts_of(script: str, options: argparse.Namespace) -> dict[str, Any]:
         "window": LENGTH,
         "calibration_windows": CALIBRATION_WINDOWS,
         "test_windows": TEST_WINDOWS,
+        **({"wikitext_2": f"test split of the {release_of(texts['WikiText-2'])}"} if "WikiText-2" in texts else {}),
         "activation_ratio": ACTIVATION_RATIO,
         "key_ratio": KEY_RATIO,
     }
@@ -96,7 +103,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="measure these again and replace their rows in OUT")
     options = parser.parse_args()
     models, tokenizer = models_on(options.device)
-    tests = windows_of(tokenizer, texts_of(options.wikitext))
+    texts = texts_of(options.wikitext)
+    tests = windows_of(tokenizer, texts)
     calibration = spread(
         qoqlab.tokens(tokenizer, qoqlab.load_text("python-docs", "calibration"), LENGTH), CALIBRATION_WINDOWS
     )
@@ -114,7 +122,7 @@ def main() -> None:
     table.round(4).to_csv(options.out, index=False)
     print(table.to_string())
     if not options.only:
-        facts = facts_of("comparison.py", options) | {"minutes": round((time.perf_counter() - start) / 60, 1)}
+        facts = facts_of("comparison.py", options, texts) | {"minutes": round((time.perf_counter() - start) / 60, 1)}
         options.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
