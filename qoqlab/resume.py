@@ -32,10 +32,7 @@ _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version")
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     """What a recipe does, as JSON: formats, and steps by name with their parameters."""
-    return {
-        "scheme": scheme_to_json(recipe.scheme),
-        "steps": [[step.name, step.parameters] for step in recipe.steps],
-    }
+    return {"scheme": scheme_to_json(recipe.scheme), "steps": [[step.name, step.parameters] for step in recipe.steps]}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,13 +1,14 @@
 """Parameter studies: a function over a grid or list of settings, on this machine or on a cluster.
 
 Points finish in any order. Each one is written to a file the moment it is done, so a study that is killed continues where it
-was: a point is known by its settings, written as canonical JSON. A point that fails is recorded with its traceback while the
-others go on, also when it calls ``sys.exit`` or takes its worker process with it.
+was: a point is known by its settings, written as canonical JSON, and a file by the name of its function. A point that fails
+is recorded with its traceback while the others go on, also when it calls ``sys.exit`` or takes its worker process with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -63,8 +64,8 @@ def sweep(
     """Call ``function(**settings)`` for every point and return one row per point, in the order of ``parameters``.
 
     ``parameters``: a grid ``{name: values}``, of which every combination is a point, or a list of settings. Values are what
-    JSON can hold (numbers, strings, booleans, None, lists and dicts of them). ``function`` returns a dict of such values or
-    a single one, which becomes column ``result``.
+    JSON can hold (numbers, strings, booleans, None, lists and dicts of them; a tuple is the same setting as a list).
+    ``function`` returns a dict of such values or a single one, which becomes column ``result``; tuples become lists.
 
     ``backend``: None or "local" for processes of this machine; "dask" with the scheduler's ``address`` (None: the client
     that is active); "ray" with the head's ``address`` (None: the running Ray, or a new one of this machine). Workers need
@@ -77,14 +78,15 @@ def sweep(
     a single core or one point is left, points also get a fresh process each.
 
     ``out``: a ``.jsonl`` or ``.parquet`` file. Points that it holds without an error are not computed again, failed ones
-    are; other points in it stay. A line that a kill cut in half is dropped with a warning. Parquet needs pyarrow and is
-    rewritten with every point; for many thousands of quick points take JSONL.
+    are; other points in it stay. It belongs to one function, by its qualified name; that its code, or what a closure holds,
+    has changed is not noticed: take another file then. A line that a kill cut in half is dropped with a warning. Parquet
+    needs pyarrow and is rewritten with every point; for many thousands of quick points take JSONL.
 
     The DataFrame has the settings' columns, the results' columns, ``seconds``, ``error`` (None, or one line) and
     ``traceback``.
 
     Raises TypeError or ValueError for parameters that are no grid or list, settings that JSON cannot hold, points given
-    twice, an unknown backend or a file of another kind; ImportError naming the extra that is missing.
+    twice, an unknown backend, a file of another kind or of another function; ImportError naming the extra that is missing.
     """
     chosen = _backend(backend)
     if not callable(function):
@@ -95,12 +97,18 @@ def sweep(
         raise ValueError(f"address: {address!r} is of no use to local processes; pass backend='dask' or 'ray'")
     settings = points(parameters)
     record = None if out is None else _record(Path(out))
-    rows = {} if record is None else {key: row for key, row in record.read().items() if row["error"] is None}
+    name, rows = _name(function), {}
+    if record is not None:
+        found = record.read()
+        _require_same_function(name, found.values(), record.path)
+        # settings as they were passed, tuples too; JSON gives back lists
+        done = [key for key in settings if key in found and found[key]["error"] is None]
+        rows = {key: found[key] | {"settings": settings[key]} for key in done}
     left = [(key, point) for key, point in settings.items() if key not in rows]
     bar = tqdm(total=len(settings), initial=len(settings) - len(left), unit="point", disable=not progress)
     with bar, contextlib.closing(_outcomes(chosen, function, left, address, jobs)) as outcomes:
         for key, outcome in outcomes:
-            rows[key] = {"settings": settings[key], **outcome}
+            rows[key] = {"function": name, "settings": settings[key], **outcome}
             if record is not None:
                 record.append(key, rows[key])
             bar.update()
@@ -147,6 +155,24 @@ def canonical(settings: Settings) -> str:
         raise TypeError(f"parameters: {settings!r} cannot be written as JSON ({error})") from None
 
 
+def _name(function: Function) -> str:
+    """``module:qualified_name`` of a function, of what a partial calls, or of an object's class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _require_same_function(name: str, rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Refuse a file of another function; older files do not say whose they are."""
+    module, _, function = name.partition(":")
+    for other in dict.fromkeys(str(row["function"]) for row in rows if "function" in row):
+        its_module, _, its_function = other.partition(":")
+        # "__main__" may be any module, run as a script
+        if its_function != function or (its_module != module and "__main__" not in (its_module, module)):
+            raise ValueError(f"out: {path} holds points of the function {other}, not of {name}; choose another file")
+
+
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     flat = [{**row["settings"], **row["results"], **{name: row[name] for name in OUTCOME}} for row in rows]
     columns = dict.fromkeys(name for row in flat for name in row if name not in OUTCOME)
@@ -169,7 +195,7 @@ def _attempt(function: Function, key: str, settings: Settings) -> tuple[str, dic
         clash = [name for name in results if name in settings or name in OUTCOME]
         if clash:
             raise ValueError(f"function: returned {clash[0]!r}, which is a setting or a column of every table")
-        json.dumps(results)
+        results = json.loads(json.dumps(results))  # what a file gives back, with a file or without
     except (Exception, SystemExit) as error:  # the study goes on, whatever a point does; Ctrl-C does end it
         return key, _failure(error, time.perf_counter() - start)
     return key, {"results": results, "seconds": time.perf_counter() - start, "error": None, "traceback": None}
@@ -322,7 +348,7 @@ class _JsonLines:
             return {}
         whole, newline, rest = self.path.read_bytes().rpartition(b"\n")
         if rest:
-            warnings.warn(f"{self.path}: the last line was cut off in mid-write and is dropped", stacklevel=4)
+            warnings.warn(f"{self.path}: the last line was cut off in mid-write and is dropped", stacklevel=3)
             os.truncate(self.path, len(whole) + len(newline))
         rows: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(whole.split(b"\n") if newline else [], 1):
@@ -360,7 +386,7 @@ class _Parquet:
         table = _table(list(self.rows.values()))
         for name in table.columns:
             kinds = {type(value) for value in table[name] if value is not None}
-            if len(kinds) > 1 or kinds & {list, dict}:  # a column of Parquet has one type
+            if len(kinds) > 1 or kinds & {list, dict, tuple}:  # a column of Parquet has one type
                 table[name] = [json.dumps(value) for value in table[name]]
         table["record"] = [_serialize(row).decode() for row in self.rows.values()]
         beside = self.path.with_name(f".{self.path.name}.partial")

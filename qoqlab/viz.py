@@ -615,13 +615,10 @@ def comparison(table: pd.DataFrame, title: str = "Every method, on equal terms",
     ``table``: as `qoqlab.compare` returns it. A filled mark is the gap to the unquantised model with everything rounded, a
     ring the same as kernels compute it (none where that was not measured). All panels share one log scale, because methods
     without any care for outliers lose by factors; gaps below 0.01 count as that. The unquantised model itself has no
-<<<<<<< HEAD
-    row; its perplexity stands under each panel, or the text ``x`` if the gaps are in other units.
-=======
-    row; its perplexity stands under each panel. Methods that failed are left out.
+    row; its perplexity stands under each panel, or the text ``x`` if the gaps are in other units. Methods that failed are
+    left out.
 
     Raises ValueError where all have failed.
->>>>>>> compare
     """
     table = _measured(table)
     panels = list(dict.fromkeys(zip(table["model"], table["text"], strict=True)))

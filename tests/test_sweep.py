@@ -248,6 +248,67 @@ def test_infinite_and_missing_numbers_survive_the_file(tmp_path: Path) -> None:
         assert table.a.tolist()[0] == float("inf") and table.a.isna().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("name", ["s.jsonl", "s.parquet"])
+def test_a_study_that_continues_gives_the_table_of_one_that_does_not(name: str, tmp_path: Path) -> None:
+    """JSON has no tuples: settings come back as they were passed, results are lists with a file or without."""
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    grid = {"shape": [(2, 3), (4, (5, 6))], "x": [1, 2.5]}
+
+    def function(shape, x):
+        assert isinstance(shape, tuple)
+        return {"pair": (x, shape), "count": {1: x}}
+
+    tables = [sweep(grid, function, out=out, jobs=1, progress=False) for out in (None, tmp_path / name, tmp_path / name)]
+    for table in tables:
+        assert table["shape"].tolist() == [(2, 3), (2, 3), (4, (5, 6)), (4, (5, 6))]
+        assert table["pair"].tolist()[:2] == [[1, [2, 3]], [2.5, [2, 3]]] and table["count"].tolist()[0] == {"1": 1}
+    pd.testing.assert_frame_equal(tables[1], tables[2])
+    assert sweep({"shape": [[2, 3]], "x": [1]}, function, out=tmp_path / name, jobs=1, progress=False).error.item() is None
+
+
+class Adder:
+    def __init__(self, more):
+        self.more = more
+
+    def __call__(self, x, y):
+        return x + y + self.more
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.parquet"])
+def test_a_file_belongs_to_one_function(name: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    out = tmp_path / name
+    run = functools.partial(sweep, GRID, out=out, jobs=1, progress=False)
+    run(product)
+    before = out.read_bytes()
+    for other in (counting, lambda x, y: 0, Adder(3), functools.partial(counting)):
+        with pytest.raises(
+            ValueError, match=rf"out: .*{name} holds points of the function .*:product, not of .*; choose an"
+        ):
+            run(other)
+    assert out.read_bytes() == before
+    assert run(functools.partial(functools.partial(product)))["product"].tolist() == [10, 20, 20, 40, 30, 60]
+    out.unlink()
+    assert run(Adder(1)).result.tolist() == run(Adder(1)).result.tolist() == [12, 22, 13, 23, 14, 24]
+
+
+def test_a_file_follows_its_script_and_files_without_a_function_still_load(tmp_path: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    sweep(GRID, product, out=out, jobs=1, progress=False)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["function"] for row in rows} == {f"{__name__}:product"}
+    for change in ({"function": "__main__:product"}, {}):  # run as a script; written before functions were noted
+        kept = [{key: value for key, value in row.items() if key != "function"} | change for row in rows]
+        out.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        table = sweep(GRID, product, out=out, jobs=1, progress=False)
+        assert table["product"].tolist() == [10, 20, 20, 40, 30, 60] and len(out.read_text().splitlines()) == 6
+    out.write_text("".join(json.dumps(row | {"function": "elsewhere:product"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="holds points of the function elsewhere:product"):
+        sweep(GRID, product, out=out, jobs=1, progress=False)
+
+
 def test_parquet_has_a_column_per_setting_and_result(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     out = tmp_path / "study.parquet"
