@@ -43,6 +43,11 @@ _SHOWN = {
     "weight_bits": "W bits",
     "kv_bits": "KV bits",
 }
+#: What a command that was interrupted keeps of its work, if it writes somewhere.
+_CONTINUES = {
+    "quantize": "The same command continues after the last finished block.",
+    "compare": "The same command continues after the last finished method.",
+}
 TINY, PLANTED = "tiny", "tiny-planted"
 BUNDLED = (TINY, PLANTED)
 #: Entries of a configuration by which the bundled model and its quantised or planted variants are recognised.
@@ -82,7 +87,8 @@ def _plain_errors(command: _T) -> _T:
             _err.print(f"Error: {line}", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            _err.print("Interrupted. A quantisation continues after its last finished block when started again.")
+            continues = _CONTINUES.get(command.__name__) if kwargs.get("out") is not None else None
+            _err.print("Interrupted." if continues is None else f"Interrupted. {continues}")
             raise typer.Exit(130) from None
 
     return run  # type: ignore[return-value]
@@ -119,11 +125,9 @@ def quantize(
     if pipeline.needs_calibration(chosen) or report:
         calibration = _windows(tokenizer, network, text, "calibration", text_path, length, windows)
     run = out.absolute().with_name(f".{out.name}.run")
-    if run.is_dir():
-        _err.print(f"Continuing after {len(list(run.glob('block-*')))} finished blocks.", highlight=False)
-    done = pipeline.quantize(
-        network, chosen, calibration, inplace=True, progress=_bar(chosen.name), report=report, resume=run
-    )
+    finished = len(list(run.glob("block-*")))
+    bar = _bar(chosen.name, f"Continuing after {finished} finished blocks." if finished else None)
+    done = pipeline.quantize(network, chosen, calibration, inplace=True, progress=bar, report=report, resume=run)
     formats.save(done, out)
     tokenizer.save_pretrained(out)
     shutil.rmtree(run)
@@ -193,8 +197,15 @@ def compare(
     With --out a killed comparison that is started again continues after the last finished method. Exit code 1 where a
     method failed: its row says why, and the others go on.
     """
+    from . import recipes
+
     if bool(recipe) == bool(preset):
         raise ValueError("recipe: give --recipe, once or more, or --preset")
+    if preset is not None and preset not in recipes.SUITES:
+        raise ValueError(
+            f"preset: expected {' or '.join(recipes.SUITES)}, got {preset!r}; single methods are named by --recipe, once or "
+            "more, and `qoqlab recipes` lists them"
+        )
     if out is not None and out.suffix != ".csv":
         raise ValueError(f"out: expected a name that ends in .csv, got {out.name!r}")
     if out is not None and not out.parent.is_dir():
@@ -395,8 +406,15 @@ def _windows(
     return ids if windows is None else bundled.spread(ids, windows)
 
 
-def _bar(description: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    return lambda blocks: track(list(blocks), description, console=_err)
+def _bar(description: str, note: str | None) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """A bar over blocks, below a note: when there are blocks, the folder of finished ones has been found to be this run's."""
+
+    def wrap(blocks: Iterable[Any]) -> Iterable[Any]:
+        if note:
+            _err.print(note, highlight=False)
+        return track(list(blocks), description, console=_err)
+
+    return wrap
 
 
 def _show(table: pd.DataFrame) -> None:

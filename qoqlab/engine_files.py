@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,12 +195,14 @@ def open_state(folder: Path) -> Iterator[tuple[MutableMapping[str, torch.Tensor]
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that ``torch.save`` wrote, on the CPU. Only tensors are unpickled; anything else is refused.
+    """The tensors of a file that ``torch.save`` wrote, on the CPU. Only tensors are unpickled; anything else is refused,
+    before memory is allocated also what would grow beyond the file's size.
 
     Entries without a value, which deepcompressor writes for absent zeros, are left out.
     """
     with open_plain(path) as file:
         try:
+            _require_stored(file)
             loaded = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises pickle, zip, key, type and runtime errors for damaged or hostile files
             raise CheckpointError(f"{path}: not readable as tensors ({type(error).__name__}: {error})") from error
@@ -214,6 +218,24 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():  # strides of 0 make terabytes of one number
             raise CheckpointError(f"{path}: tensor {name} has more elements than the file holds")
     return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _require_stored(file: BufferedReader) -> None:
+    """An archive as ``torch.save`` writes it since torch 1.6 (2020): nothing compressed, nothing twice.
+
+    A compressed one can hold a thousand times its size in zeros, and the format before it names sizes that nothing bears
+    out before they are allocated.
+    """
+    if not zipfile.is_zipfile(file):
+        raise ValueError("expected the zip format that torch writes since version 1.6")
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size for entry in entries):
+        raise ValueError("has compressed entries, which torch does not write")
+    size, held = sum(entry.file_size for entry in entries), file.seek(0, os.SEEK_END)
+    if size > held:
+        raise ValueError(f"claims {size:,} bytes in a file of {held:,}")
+    file.seek(0)
 
 
 def recorded_recipe(metadata: Mapping[str, str]) -> Recipe | None:

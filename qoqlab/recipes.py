@@ -265,6 +265,10 @@ PAPER = (
 )
 
 
+#: Names that `suite` knows.
+SUITES = ("paper", "ladder")
+
+
 def suite(name: str) -> list[Recipe]:
     """A named list of recipes: "paper" (`PAPER`, every method of its tables) or "ladder" (`ladder`, its ablation).
 
@@ -274,7 +278,8 @@ def suite(name: str) -> list[Recipe]:
         return [get(method) for method in PAPER]
     if name == "ladder":
         return ladder()
-    raise ValueError(f'recipes: {name!r} is not a suite ("paper", "ladder"); for one preset pass a list')
+    known = f"recipes: {name!r} is not a suite; suites: {', '.join(SUITES)}"
+    raise ValueError(f"{known}; to take this one recipe, pass [{name!r}]" if name in names() else known)
 
 
 def ladder() -> list[Recipe]:

@@ -334,6 +334,42 @@ def test_a_killed_quantize_continues(place: Path, tmp_path: Path) -> None:
     assert not run.exists()
 
 
+def test_a_run_of_another_recipe_is_refused_without_a_word_about_continuing(place: Path, tmp_path: Path) -> None:
+    network = AutoModelForCausalLM.from_pretrained(place / "model")
+    qoqlab.quantize(network, "rtn-w8a8", progress=False, report=False, resume=tmp_path / ".out.run")
+    result = invoke("quantize", place / "model", "--recipe", "rtn-w4a8", "--no-report", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and result.stderr.startswith("Error: resume: ") and "another run" in result.stderr
+    assert "Continuing" not in result.output
+    result = invoke("quantize", place / "model", "--recipe", "rtn-w8a8", "--no-report", "--out", tmp_path / "out")
+    assert result.exit_code == 0 and "Continuing after 3 finished blocks." in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "tiny", "--out", "q"], "Interrupted. The same command continues after the last finished block."),
+        (
+            ["compare", "--recipe", "fp16", "--out", "t.csv"],
+            "Interrupted. The same command continues after the last finished",
+        ),
+        (["compare", "--recipe", "fp16"], "Interrupted.\n"),
+        (["evaluate", "tiny"], "Interrupted.\n"),
+        (["export", "tiny", "--out", "e"], "Interrupted.\n"),
+    ],
+)
+def test_an_interrupt_says_what_is_kept(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((cli, "_tokenizer"), (offload, "open_model"), (formats, "load")):
+        monkeypatch.setattr(module, name, interrupt)
+    result = invoke(*arguments)
+    assert result.exit_code == 130 and result.stderr.startswith(message)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +389,14 @@ def test_a_killed_quantize_continues(place: Path, tmp_path: Path) -> None:
         (["export", "no/such", "--out", "x"], "no/such/qoqlab.json: no such file"),
         (["compare", "tiny", "--recipe", "fp16", "--text-path", "x"], "Error: path: goes with 'wikitext-2'"),
         (["compare", "tiny", "--recipe", "fp16", "--calibration-text", "gone.txt"], "name: 'gone.txt' is not a text"),
+        (
+            ["compare", "tiny", "--preset", "foo"],
+            "Error: preset: expected paper or ladder, got 'foo'; single methods are named",
+        ),
+        (
+            ["compare", "tiny", "--preset", "qoq-g128"],
+            "preset: expected paper or ladder, got 'qoq-g128'; single methods are",
+        ),
         (["compare", "tiny"], "Error: recipe: give --recipe, once or more, or --preset"),
         (["compare", "tiny", "--preset", "paper", "--out", "t.txt"], "out: expected a name that ends in .csv"),
         (["compare", "tiny", "--preset", "paper", "--out", "gone/t.csv"], "Error: out: gone is not a folder"),

@@ -86,6 +86,7 @@ def test_bits_count_scales_and_zeros(form, bits, model) -> None:
 def test_suites() -> None:
     assert [r.name for r in comparison.resolve("paper")] == list(recipes.PAPER)
     assert comparison.resolve("ladder") == recipes.ladder()
+    assert all(recipes.suite(name) for name in recipes.SUITES)
     own = Recipe("mine", Scheme())
     assert comparison.resolve(["fp16", own]) == [recipes.get("fp16"), own]
 
@@ -93,7 +94,11 @@ def test_suites() -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ("qoq-g128", "recipes: 'qoq-g128' is not a suite"),
+        (
+            "qoq-g128",
+            r"recipes: 'qoq-g128' is not a suite; suites: paper, ladder; to take this one recipe, pass \['qoq-g128'\]",
+        ),
+        ("papers", "recipes: 'papers' is not a suite; suites: paper, ladder$"),
         ([], "recipes: expected one or more"),
         (["fp16", "fp16"], "recipes: expected one or more, each name once, got fp16, fp16"),
         (["nonsense"], "recipe: 'nonsense' is not a preset"),

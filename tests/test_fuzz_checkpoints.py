@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import traceback
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -385,3 +386,48 @@ def test_pickles_that_run_code_do_not(kind: str, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"model.pt: not readable as tensors"):
             READERS[kind](folder)
     assert not (tmp_path / "ran").exists()
+
+
+def deflated(path: Path) -> None:
+    """The same archive, compressed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def overlapping(path: Path) -> None:
+    """A central directory in which every entry of the archive stands a hundred times."""
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        for index in range(100):
+            again = copy.copy(largest)
+            again.filename = again.orig_filename = f"{largest.filename}{index}"
+            archive.filelist.append(again)
+        archive.writestr("last", b"")  # so that the directory is written again
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (deflated, "has compressed entries, which torch does not write"),
+        (overlapping, r"claims [\d,]+ bytes in a file of [\d,]+"),
+        (
+            lambda path: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
+            "expected the zip format that torch writes since version 1.6",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["qserve", "deepcompressor"])
+def test_files_of_torch_that_could_grow_are_refused_before_they_are_read(
+    kind: str, change, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with damaged(kind) as folder:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        path = folder / "model.pt"
+        torch.save({"x": torch.zeros(1 << 20)}, path)
+        change(path)
+        monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the file was read"))
+        with pytest.raises(CheckpointError, match=rf"model\.pt: not readable as tensors \(ValueError: {message}"):
+            READERS[kind](folder)
