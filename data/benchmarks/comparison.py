@@ -5,8 +5,8 @@
 One row per model, method and text. Texts: Python's documentation, which calibration also uses (other topics of it), and
 WikiText-2, if its folder is given, which is unlike anything that the model was trained on (its test split as
 `qoqlab.load_text` reads it; published perplexities are of the raw release in windows of 2048 tokens, the table beside this
-script of the word-level release in windows of 512, as its JSON file says). Takes hours on two CPU cores and minutes on a GPU, ``--device
-cuda``; ``--jobs`` measures several methods at a time. A JSON file beside the table says with which versions.
+script of the word-level release in windows of 512, as its JSON file says). Takes hours on two CPU cores and minutes on a
+GPU, ``--device cuda``; ``--jobs`` measures several methods at a time. A JSON file beside the table says with which versions.
 """
 
 from __future__ import annotations
