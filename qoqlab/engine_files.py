@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import runtime
-from .architecture import describe
+from .architecture import defining, describe
 from .pipeline import QuantizedModel
 from .rebuild import empty_model, recipe_from_json, recipe_to_json
 from .recipes import Recipe
@@ -37,8 +37,9 @@ from .tensorfile import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Keys of our recipe and of tensors' SHA-256 among a safetensors file's metadata; engines ignore them.
-_RECIPE, _DIGESTS = "qoqlab_recipe", "qoqlab_sha256"
+#: Keys of our recipe, of tensors' SHA-256 and of the configuration's entries that define the model among a safetensors
+#: file's metadata; engines ignore them.
+_RECIPE, _DIGESTS, _CONFIG = "qoqlab_recipe", "qoqlab_sha256", "qoqlab_config"
 #: Files that engines do not take for weights either.
 _NOT_WEIGHTS = re.compile(r"training_args\.bin|(optimizer|scheduler|scaler)\.(bin|pt)")
 
@@ -108,13 +109,14 @@ def write_export(
     quantized: QuantizedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Write ``model.safetensors``, with recipe and digests among its metadata, in an `export_folder`."""
+    """Write ``model.safetensors``, its metadata with recipe, digests and what defines the model, in an `export_folder`."""
     try:
         recipe = recipe_to_json(quantized.recipe)
     except ValueError:  # a step that nobody could look up; the formats are what matters
         recipe = recipe_to_json(replace(quantized.recipe, steps=()))
     digests = {name: digest_of_tensor(tensor.cpu()) for name, tensor in state.items()}
     metadata = {"format": "pt", _RECIPE: json.dumps(recipe), _DIGESTS: json.dumps(digests)}
+    metadata[_CONFIG] = json.dumps(defining(config))
     with export_folder(folder, config, quantized, tokenizer) as temporary:
         write_tensors(temporary / "model.safetensors", state, metadata)
 
@@ -242,3 +244,18 @@ def recorded_recipe(metadata: Mapping[str, str]) -> Recipe | None:
     """The recipe that `write_export` noted."""
     text = metadata.get(_RECIPE)
     return None if text is None else recipe_from_json(parse_json(text.encode(), "metadata"))
+
+
+def require_recorded(config: Mapping[str, Any], metadata: Mapping[str, str], path: Path) -> None:
+    """Raise CheckpointError where ``config.json`` defines another model than the one that `write_export` noted.
+
+    Exports of older versions, and other tools', have no note. An edited dtype is let pass: tensors have their own.
+    """
+    if _CONFIG not in metadata:
+        return
+    noted, found = parse_json(metadata[_CONFIG].encode(), "metadata"), defining(config)
+    for name in sorted((noted.keys() | found.keys()) - {"dtype", "torch_dtype"}):
+        if name not in noted or name not in found or noted[name] != found[name]:
+            was, now = (json.dumps(entries[name]) if name in entries else "absent" for entries in (noted, found))
+            changed = f"{name} is {now}, was {was} when the weights were exported"
+            raise CheckpointError(f"{path}: {changed}; damaged or edited, undo it or export again")

@@ -33,6 +33,7 @@ from .engine_files import (
     open_state,
     quantized_layers,
     recorded_recipe,
+    require_recorded,
     write_export,
 )
 from .grids import INT8, UINT4, UINT8, Grid, Zero
@@ -271,6 +272,7 @@ def import_qserve(folder: str | os.PathLike[str], scale_order: ScaleOrder | None
         where = str(path)
         try:
             ours = recorded_recipe(metadata)
+            require_recorded(config, metadata, path / "config.json")
             source = "a checkpoint in QServe's layout"
             recipe = ours or Recipe("imported", Scheme(_find_format(state), INT8, UINT4), source=source)
             form = require_representable(recipe)

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from transformers import AutoModelForCausalLM
 
 from qoqlab import formats, hf_quantizer, load, quantize, save
+from qoqlab.architecture import defining
 from qoqlab.formats import MANIFEST, CheckpointError
 from qoqlab.pipeline import QuantizedModel
 
@@ -99,6 +100,10 @@ def contents(q: QuantizedModel) -> dict[str, torch.Tensor]:
     return {**dict(q.model.named_parameters()), **dict(q.model.named_buffers())}
 
 
+def definition(q: QuantizedModel) -> dict[str, Any]:
+    return defining(q.model.config.to_dict()) | {"recipe": formats.recipe_to_json(q.recipe)}
+
+
 @functools.cache
 def expected(kind: str) -> dict[str, torch.Tensor]:
     return contents(READERS[kind](pristine(kind)))
@@ -115,6 +120,7 @@ def assert_error_or_same(kind: str, folder: Path, same: bool = True) -> None:
         assert held.keys() == expected(kind).keys()
         for name, tensor in expected(kind).items():
             assert held[name].dtype == tensor.dtype and torch.equal(held[name], tensor), name
+        assert definition(loaded) == definition(READERS[kind](pristine(kind)))
 
 
 def flip(path: Path, bits: list[float]) -> None:
@@ -149,9 +155,10 @@ def test_flipped_bits_of_native_checkpoints(data: st.DataObject) -> None:
 @FUZZ
 @given(st.data())
 def test_flipped_bits_of_exported_weights(data: st.DataObject) -> None:
-    """Our own exports carry digests of their tensors."""
+    """Our own exports carry digests of their tensors, and note what their configuration says of the model."""
     with damaged("qserve") as folder:
-        flip(folder / "model.safetensors", data.draw(st.lists(POSITIONS, min_size=1, max_size=3)))
+        name = data.draw(st.sampled_from(["model.safetensors", "config.json"]))
+        flip(folder / name, data.draw(st.lists(POSITIONS, min_size=1, max_size=3)))
         assert_error_or_same("qserve", folder)
 
 

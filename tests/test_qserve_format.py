@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -549,12 +550,40 @@ def test_damaged_checkpoints_are_refused(change, message: str, tmp_path: Path) -
 )
 def test_nonsense_in_a_configuration_is_refused(change, message: str, tmp_path: Path) -> None:
     export_qserve(rtn(G128), tmp_path)
+    save_file(
+        load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    )  # without our notes, as a stranger's
     config = json.loads((tmp_path / "config.json").read_text())
     config.pop("dtype")
     change(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         import_qserve(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "was"),
+    [
+        ("rope_theta", 20000.0, "10000.0"),
+        ("rms_norm_eps", 0.1, "1e-06"),
+        ("num_attention_heads", 8, "4"),
+        ("model_type", "mistral", '"llama"'),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "null"),
+        ("sliding_window", 4, "absent"),
+    ],
+)
+def test_an_edited_configuration_of_our_own_export_is_refused(name: str, value: object, was: str, tmp_path: Path) -> None:
+    export_qserve(rtn(G128), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+    message = f"{tmp_path / 'config.json'}: {name} is {json.dumps(value)}, was {was} when the weights were exported"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        import_qserve(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 5, "torch_dtype": "bfloat16"}))
+    import_qserve(tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # an older version's export
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert import_qserve(tmp_path).model.config.rms_norm_eps == 0.1
 
 
 def test_nothing_there(tmp_path: Path) -> None:
