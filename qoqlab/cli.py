@@ -407,7 +407,7 @@ def _windows(
 
 
 def _bar(description: str, note: str | None) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A bar over blocks, below a note: where there are blocks, the folder of finished ones has proved to be this run's."""
+    """A bar over blocks, below a note: when there are blocks, the folder of finished ones is known to be of this run."""
 
     def wrap(blocks: Iterable[Any]) -> Iterable[Any]:
         if note:

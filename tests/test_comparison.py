@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import qoqlab
-from qoqlab import comparison, recipes, viz
+from qoqlab import attention, comparison, recipes, viz
+from qoqlab.architecture import describe
 from qoqlab.grids import INT8, UINT4
+from qoqlab.online import Online
 from qoqlab.recipes import Recipe
 from qoqlab.schemes import Scheme, WeightFormat, WeightKind
 
@@ -143,6 +145,26 @@ def test_figure(table) -> None:
     assert shown == set(METHODS) - {"fp16"} and len({t.xaxis for t in figure.data}) == 4
 
 
+def structure(method: str, model) -> tuple:
+    """What running a quantised model takes: class of every module, kind of every tensor, formats, bytes."""
+    quantized = qoqlab.quantize(model, method, random_ids(4, 24), progress=False, report=False)
+    modules = {name: type(module) for name, module in quantized.model.named_modules()}
+    tensors = {name: (tensor.shape, tensor.dtype) for name, tensor in quantized.model.state_dict().items()}
+    caches = [attention.state(block.attention).grid for block in describe(quantized.model).blocks]
+    return modules, tensors, quantized.recipe.scheme, caches, quantized.weight_bytes(), quantized.kv_bytes_per_token()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_qoq_plus_costs_nothing_at_run_time(family: str) -> None:
+    """Its searched rotation is folded into weights: the quantised network has the modules, tensors and formats of QoQ's."""
+    network = wide(family)
+    ours, qoq, online = (structure(method, network) for method in ("qoq-plus", "qoq-g128", "quarot-w4a8kv4"))
+    assert ours == qoq
+    assert not any(issubclass(kind, Online) or "online" in name for name, kind in ours[0].items())
+    added = {name.rpartition(".")[2] for name in online[0].keys() - qoq[0].keys()}
+    assert added == {"online"}, "what QuaRot does at run time is seen"
+
+
 # --- failures and continuing ----------------------------------------------------------------------------------------------
 
 
@@ -244,8 +266,9 @@ def test_failed_methods_are_tried_again_and_their_traceback_is_kept(tmp_path, qu
 
 
 def test_the_committed_tables_say_what_the_documentation_says() -> None:
-    """Where there are outliers QoQ is ahead of all W4A8KV4 methods without online transforms, and `qoq-plus`, over several
-    calibration samples, of QoQ; on WikiText-2 it is level or ahead."""
+    """Where there are outliers QoQ is ahead of all W4A8KV4 methods without online transforms, and `qoq-plus` clearly ahead
+    of QoQ: over several calibration samples, by more than twice the standard error, on both texts. On the model as it is
+    it is not clearly behind."""
     benchmarks = Path(__file__).parents[1] / "data" / "benchmarks"
     found = pd.read_csv(benchmarks / "comparison.csv")
     assert list(found.columns) == comparison.COLUMNS and list(dict.fromkeys(found["method"])) == list(recipes.PAPER)
@@ -258,7 +281,15 @@ def test_the_committed_tables_say_what_the_documentation_says() -> None:
     draws = pd.DataFrame(json.loads((benchmarks / "calibration_spread.json").read_text(encoding="utf-8"))["results"])
     mean = draws.pivot_table(index="method", columns=["model", "text"], values="gap")
     assert (mean.loc["qoq-plus", "planted"] < 0.9 * mean.loc[["qoq-g128", "qoq-per-channel"], "planted"].min()).all()
-    assert mean.loc["qoq-plus", ("bundled", "WikiText-2")] < mean.loc["qoq-g128", ("bundled", "WikiText-2")]
+    by_draw = draws.pivot_table(index="draw", columns=["method", "model", "text"], values="gap")
+    for variant in ("qoq-g128", "qoq-per-channel"):
+        ahead = by_draw[variant] - by_draw["qoq-plus"]  # on the same sample
+        margins = ahead.mean() / (ahead.std() / len(ahead) ** 0.5)
+        assert margins.index.tolist() == [
+            (m, t) for m in ("bundled", "planted") for t in ("Python documentation", "WikiText-2")
+        ]
+        assert (margins["planted"] > 2).all(), "clearly ahead"
+        assert (margins["bundled"] > -2).all(), "not clearly behind"
 
 
 def test_the_stored_tables_name_their_wikitext() -> None:
