@@ -29,18 +29,11 @@ SITES = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down":
 #: Entries of a ``config.json`` that decide what a supported model computes from its weights, in old files and new ones.
 #: Token ids, text lengths for tokenizers, defaults of training and of generation do not.
 DEFINING = (
-    *(
-        "architectures",
-        "model_type",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "tie_word_embeddings",
-    ),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "hidden_act", "rms_norm_eps"),
+    *("architectures", "model_type", "dtype", "torch_dtype", "vocab_size", "tie_word_embeddings"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"),
     *("rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "dtype", "torch_dtype"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
 )
 
 

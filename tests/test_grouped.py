@@ -85,6 +85,44 @@ def test_asymmetric_groups_of_any_shape_and_dtype(rows, groups, group_size, dtyp
 
 @settings(derandomize=True, max_examples=60, deadline=None)
 @given(
+    rows=st.integers(1, 5),
+    columns=st.sampled_from([32, 64, 96, 256, 320]),
+    group_size=st.sampled_from([2, 16, 32, 64, 128]),
+    outliers=st.sampled_from([0, 2, 128]),
+    ratio=st.floats(0.3, 1.0),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    exponent=st.integers(-3, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_symmetric_groups_of_any_shape_and_dtype(rows, columns, group_size, outliers, ratio, dtype, exponent, seed) -> None:
+    """GROUP_S4, as Atom uses it: stored types, scales, half a step of error, and what is clipped on the grid's end."""
+    form = WeightFormat(WeightKind.GROUP_S4, group_size, outliers=outliers)
+    weight = (matrix(rows, columns, seed) * 10.0**exponent).to(dtype)
+    before, scales = weight.clone(), form.choose(weight, ratio)
+    got, kept = assemble(scales, scales.encode(weight)), grouped.outlier_columns(columns, outliers)
+    assert torch.equal(weight, before)
+    assert got.codes.dtype == torch.int8 and got.codes.shape == weight.shape and got.zeros is None
+    assert got.scales.dtype == torch.float16 and got.scales.shape == (rows, form.groups(columns))
+    restored = got.dequantize(torch.float64)
+    for i, part in enumerate(form.slices(columns)):
+        outlying = kept > 0 and part.stop == columns
+        high, x, step = (127 if outlying else 7), weight[:, part].double(), got.scales[:, i, None].double()
+        wanted = x.abs().amax(1, keepdim=True) * (1.0 if outlying else ratio) / high
+        # fp16's rounding, 1 part in 2048 or half its smallest step; a scale that would be 0 is 1
+        close = (step - wanted).abs() <= 1.001 * torch.maximum(wanted * 2.0**-11, torch.tensor(2.0**-25).double())
+        assert bool((close | ((step == 1) & (wanted <= 1.001 * 2.0**-25))).all())
+        inside = x.abs() <= (high + 0.499) * step
+        assert bool(((restored[:, part] - x).abs()[inside] <= (0.5001 * step).expand_as(x)[inside]).all())
+        beyond = x.abs() >= (high + 0.501) * step
+        assert bool((got.codes[:, part].double() == high * x.sign())[beyond].all())
+        assert int(got.codes[:, part].abs().max()) <= high
+    if (columns - kept) % 2 == 0:
+        unpacked = form.unpack(pack(got))
+        assert torch.equal(unpacked.codes, got.codes) and torch.equal(unpacked.dequantize(torch.float64), restored)
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
     lead=st.sampled_from([(3,), (2, 3), ()]),
     columns=st.integers(1, 160),
     group_size=st.sampled_from([None, 1, 7, 32, 128]),

@@ -25,8 +25,8 @@ def clip(value, low, high):
     return min(max(value, low), high)
 
 
-def scalar(row, group_size, zero, first_level):
-    """Codes, channel scale, group scales and group zeros of one row, one number at a time."""
+def scalar(row, group_size, zero, first_level, ratios=()):
+    """Codes, channel scale, group scales and group zeros of one row, one number at a time; ``ratios``: of its groups."""
     limit = F32(LIMIT[zero])
     channel = half(max(abs(v) for v in row) / limit) or F32(1)
     y = [clip(v / channel, -limit, limit) for v in row]
@@ -36,6 +36,8 @@ def scalar(row, group_size, zero, first_level):
     for start in range(0, len(row), group_size):
         group = y[start : start + group_size]
         low, high = min(group), max(group)
+        if len(ratios):
+            low, high = low * F32(ratios[start // group_size]), high * F32(ratios[start // group_size])
         if zero is Zero.INTEGER:
             low, high = min(low, F32(0)), max(high, F32(0))
         s = clip(np.rint((high - low) / F32(15)), F32(1), F32(127))
@@ -251,17 +253,25 @@ def test_bad_input_is_refused(argument, group_size, error, message):
     group_size=st.sampled_from([1, 2, 16, 32, 128]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
     zero=st.sampled_from(Zero),
+    first_level=st.sampled_from(FirstLevel),
+    clipped=st.sampled_from(["not", "alike", "group by group"]),
     exponent=st.integers(-12, 4),
     seed=st.integers(0, 2**16),
 )
-def test_shapes_dtypes_and_ranges(rows, groups, group_size, dtype, zero, exponent, seed):
+def test_shapes_dtypes_and_ranges(rows, groups, group_size, dtype, zero, first_level, clipped, exponent, seed):
+    ratios = 0.2 + 0.8 * torch.rand(rows, groups, generator=torch.Generator().manual_seed(seed + 1))
+    ratio = {"not": 1.0, "alike": float(ratios[0, 0]), "group by group": ratios}[clipped]
     x = torch.randn(rows, groups * group_size, generator=torch.Generator().manual_seed(seed))
     x = (x * 2.0**exponent).to(dtype)
     before = x.clone()
-    w = progressive.quantize(x, group_size, zero)
+    w = progressive.quantize(x, group_size, zero, first_level, ratio)
     assert torch.equal(x, before)
     assert w.shape == x.shape and w.group_scales.shape == w.group_zeros.shape == (rows, groups)
     assert int(w.codes.max()) <= 15 and int(w.group_scales.min()) >= 1 and int(w.group_scales.max()) <= 16
     assert torch.equal(w.int8().long(), wide(w))
-    assert torch.equal(w.codes, progressive.quantize(x.float(), group_size, zero).codes)
+    assert torch.equal(w.codes, progressive.quantize(x.float(), group_size, zero, first_level, ratio).codes)
+    last = ratios[-1].tolist() if clipped == "group by group" else [ratio] * groups
+    codes, channel, scales, zeros = scalar(x[-1].float().numpy(), group_size, zero, first_level, last)
+    assert (w.codes[-1].tolist(), float(w.channel_scales[-1])) == (codes, channel)
+    assert (w.group_scales[-1].tolist(), w.group_zeros[-1].tolist()) == (scales, zeros)
     assert w.dequantize(dtype).dtype == dtype

@@ -550,9 +550,7 @@ def test_damaged_checkpoints_are_refused(change, message: str, tmp_path: Path) -
 )
 def test_nonsense_in_a_configuration_is_refused(change, message: str, tmp_path: Path) -> None:
     export_qserve(rtn(G128), tmp_path)
-    save_file(
-        load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
-    )  # without our notes, as a stranger's
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")  # drops our notes
     config = json.loads((tmp_path / "config.json").read_text())
     config.pop("dtype")
     change(config)
