@@ -78,3 +78,12 @@ def test_methods_are_compared_draw_by_draw():
     assert list(level.x) == pytest.approx([1.0, 0.9975**0.5]) and level.error_x.arrayminus[1] > 0.01
     _, nothing, _, both = viz_methods.against(DRAWS, "b", "title").data[:4]
     assert not len(nothing.y) and list(both.y) == ["a", "c"]
+
+
+def test_methods_that_failed_in_a_draw_are_left_out():
+    failed = DRAWS.assign(gap=DRAWS["gap"].where((DRAWS["method"] != "c") | (DRAWS["draw"] != DRAWS["draw"].max())))
+    assert failed["gap"].isna().any()
+    figure = viz_methods.against(failed, "a", "title")
+    assert {name for trace in figure.data for name in trace.y or ()} == {"a", "b"}
+    with pytest.raises(ValueError, match="reference: 'c' failed in some draw"):
+        viz_methods.against(failed, "c", "title")
