@@ -100,3 +100,12 @@ def test_a_curve_under_another_one_is_wider():
     curves = {"a": [2.0, 1.0], "b": [2.0, 1.001], "c": [1.0, 2.0]}
     figure = viz_methods.error_curves([0.0, 1.0], curves, "t", "x", "y")
     assert [trace.line.width for trace in figure.data[::2]] == pytest.approx([5.2, 2.2, 2.2])
+
+
+def test_methods_that_failed_in_a_draw_are_left_out():
+    failed = DRAWS.assign(gap=DRAWS["gap"].where((DRAWS["method"] != "c") | (DRAWS["draw"] != DRAWS["draw"].max())))
+    assert failed["gap"].isna().any()
+    figure = viz_methods.against(failed, "a", "title")
+    assert {name for trace in figure.data for name in trace.y or ()} == {"a", "b"}
+    with pytest.raises(ValueError, match="reference: 'c' failed in some draw"):
+        viz_methods.against(failed, "c", "title")
