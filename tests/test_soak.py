@@ -57,7 +57,7 @@ def wave(server: Server, number: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc, which says how large a process is")
 def test_memory_stays_flat(engine):
-    """As many seconds as QOQLAB_SOAK_S says, 60 in CI; 8 if it says nothing."""
+    """As many seconds as QOQLAB_SOAK_S says, 30 in CI; 8 if it says nothing."""
     end = time.monotonic() + float(os.environ.get("QOQLAB_SOAK_S", "8"))
     sizes, preempted = [], 0
     servers = [Server(engine, policy) for policy in Policy]
