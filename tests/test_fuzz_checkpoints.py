@@ -152,24 +152,16 @@ def test_flipped_bits_of_native_checkpoints(data: st.DataObject) -> None:
         assert_error_or_same("native", folder)
 
 
+@pytest.mark.parametrize("kind", ["qserve", "transformers"])
 @FUZZ
 @given(st.data())
-def test_flipped_bits_of_exported_weights(data: st.DataObject) -> None:
-    """Our own exports carry digests of their tensors, and note what their configuration says of the model."""
-    with damaged("qserve") as folder:
+def test_flipped_bits_of_exports(kind: str, data: st.DataObject) -> None:
+    """QServe exports carry digests of their tensors and what their configuration says of the model; transformers folders
+    of every tensor, the recipe and what defines the model: the saved model, an error, or none of ours."""
+    with damaged(kind) as folder:
         name = data.draw(st.sampled_from(["model.safetensors", "config.json"]))
         flip(folder / name, data.draw(st.lists(POSITIONS, min_size=1, max_size=3)))
-        assert_error_or_same("qserve", folder)
-
-
-@FUZZ
-@given(st.data())
-def test_flipped_bits_of_transformers_folders(data: st.DataObject) -> None:
-    """Every tensor, the recipe and what defines the model are under digests: the saved model, an error, or none of ours."""
-    with damaged("transformers") as folder:
-        name = data.draw(st.sampled_from(["model.safetensors", "config.json"]))
-        flip(folder / name, data.draw(st.lists(POSITIONS, min_size=1, max_size=3)))
-        assert_error_or_same("transformers", folder)
+        assert_error_or_same(kind, folder)
 
 
 @settings(FUZZ, max_examples=100)

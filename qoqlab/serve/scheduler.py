@@ -158,7 +158,8 @@ class Scheduler:
     def follow(self, step: Step, most: int) -> Step | None:
         """The step after ``step``, which only decodes and whose results have not come, with its pages; None where they
         decide who is in it: where somebody ends and others wait, or waits and would fit, or where pages are short."""
-        running = [p for p in self.running if p.number in step.decode]
+        decoded = set(step.decode)
+        running = [p for p in self.running if p.number in decoded]
         going = [p for p in running if p.request.max_new_tokens - len(p.tokens) > step.repeat]
         if not going or any(self._known_tokens(p) > 1 for p in going):
             return None

@@ -142,9 +142,8 @@ class Server:
             self._free(number)
         planned = self.now()
         results: Results = {}
-        asked = [self.requests[number] for number in (*step.prefill, *step.decode) if number in self.requests]
-        cached = sum(p.cached for p in asked if p.number in step.decode)
-        prompts = sum(len(p.request.prompt) for p in asked if p.number in step.prefill)
+        cached = sum(self.requests[number].cached for number in step.decode if number in self.requests)
+        prompts = sum(len(self.requests[number].request.prompt) for number in step.prefill)
         if step.prefill:
             results |= self._prefill(step.prefill)
         prefilled = self.now()
@@ -223,7 +222,8 @@ class Server:
             return None
         if turn.nearly is not None:
             turn.nearly.synchronize()
-        rows = torch.tensor([turn.step.decode.index(number) for number in step.decode]).to(turn.tokens.device)
+        places = {number: row for row, number in enumerate(turn.step.decode)}
+        rows = torch.tensor([places[number] for number in step.decode]).to(turn.tokens.device)
         return self._give(step, turn.tokens[-1][rows])
 
     def _apart(self, numbers: tuple[int, ...], error: Exception, way: Callable[[tuple[int, ...]], Results]) -> Results:
