@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from . import exact
 from .affine import Affine, quantize_per_token_s8
 from .kv import KVFormat
 from .paged import PAGE, PagedCache
+from .transfer import sent
 
 #: Position of the token that a row without a sequence repeats: the first, since nothing before it costs attention nothing (a
 #: page for each head of each such row took longer than 24 full pages).
@@ -65,7 +67,7 @@ class Batch:
     @functools.cached_property
     def ends(self) -> torch.Tensor:
         """Where each sequence's tokens begin, and where the last one's end: int32 on the device."""
-        return torch.tensor([0, *self.counts]).cumsum(0).int().to(self.positions.device)
+        return sent([0, *itertools.accumulate(self.counts)], self.positions.device, torch.int32)
 
     def next(self) -> Batch:
         """The same sequences one token further."""
@@ -76,11 +78,14 @@ class Batch:
 def batch_of(sequences: Sequence[int], counts: Sequence[int], starts: Sequence[int], device: torch.device) -> Batch:
     """A `Batch` with its tensors."""
     if all(count == 1 for count in counts):  # a decode step, which should not wait for Python
-        positions, slots = torch.tensor([starts, sequences], dtype=torch.int32).to(device)
+        positions, slots = sent([starts, sequences], device, torch.int32)
         return Batch(positions, slots, sequences, counts, starts)
-    positions = torch.cat([torch.arange(s, s + n, dtype=torch.int32) for s, n in zip(starts, counts, strict=True)])
-    slots = torch.tensor(sequences, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    return Batch(positions.to(device), slots.to(device), sequences, counts, starts)
+    many, first, slots = sent([counts, starts, sequences], device)
+    total = sum(counts)
+    begin = (many.cumsum(0) - many).repeat_interleave(many, output_size=total)
+    places = torch.arange(total, device=device) - begin
+    positions, slots = (x.repeat_interleave(many, output_size=total) for x in (first, slots))
+    return Batch((positions + places).int(), slots.int(), sequences, counts, starts)
 
 
 class Attention(Protocol):
@@ -304,7 +309,11 @@ class KernelAttention:
 
     def advance(self, batch: Batch) -> None:
         """See `Attention`; steps have set the device's lengths, prompts have not."""
+        fresh = []
         for sequence, count, start in zip(batch.sequences, batch.counts, batch.starts, strict=True):
             self.cache.advance([sequence], count)
             if start == 0:
-                self.cache.lengths[:, sequence] = count
+                fresh.append((sequence, count))
+        if fresh:
+            slots, counts = sent(fresh, self.cache.lengths.device).T
+            self.cache.lengths[:, slots] = counts.to(self.cache.lengths.dtype)

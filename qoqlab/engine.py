@@ -24,6 +24,7 @@ from .checks import require_count
 from .kv import Keys, KVFormat
 from .sampling import GREEDY, Sampling, choose, draws_of
 from .schemes import WeightKind
+from .transfer import sent
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,8 @@ class Engine:
             self.attend.reserve(sequences, counts)
             batch = batch_of(sequences, counts, [0] * len(ids), self.device)
             with sdpa_kernel(ALONE):
-                y, residual = self._hidden(torch.cat(ids).to(self.device), batch, prompt=True)
-            last = torch.tensor(counts).cumsum(0).sub(1).to(self.device)
+                y, residual = self._hidden(sent(torch.cat(ids), self.device), batch, prompt=True)
+            last = batch.ends[1:].long() - 1
             logits = self._logits(y[last], residual[last]).float()
             self.attend.advance(batch)
         except BaseException:
@@ -303,7 +304,7 @@ class Engine:
         starts = [self.lengths[sequence] for sequence in sequences]
         self.attend.reserve(sequences, [start + 1 for start in starts])
         batch = batch_of(sequences, [1] * len(starts), starts, self.device)
-        ids = ids.to(self.device).long()
+        ids = sent(ids, self.device).long()
         if self.device.type == "cuda" and self.attend.idle is not None:
             logits = self._captured(len(sequences))(ids, batch)
         else:
@@ -339,7 +340,7 @@ class Engine:
         if max(starts) + steps > self.max_tokens:
             raise ValueError(f"steps: {steps} after {max(starts)} tokens exceed max_tokens = {self.max_tokens}")
         self.attend.reserve(sequences, [start + steps for start in starts])
-        ids = ids.to(self.device).long()
+        ids = sent(ids, self.device).long()
         draws = draws_of(samplings, self.vocabulary, self.device)
         found, spoilt = [], []
         captured = self.device.type == "cuda" and self.attend.idle is not None
@@ -420,7 +421,7 @@ class Engine:
         try:
             while True:
                 draws = draws_of([ways[i] for i in running], self.vocabulary, self.device)
-                places = torch.tensor([self.lengths[sequences[i]] for i in running], device=self.device)
+                places = sent([self.lengths[sequences[i]] for i in running], self.device)
                 chosen, spoilt = choose(logits, draws, places)
                 if bool(spoilt.any()):
                     raise RuntimeError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .checks import require_count
+from .transfer import sent
 
 #: The weight of the likeliest token; with 2^17 tokens sums stay below 2^53, which fp64 counts exactly.
 ONE = 1 << 30
@@ -71,15 +72,15 @@ def draws_of(samplings: Sequence[Sampling | None], vocabulary: int, device: torc
     drawn = [(i, s) for i, s in enumerate(samplings) if s is not None and s.temperature]
     if not drawn:
         return None
-    rows, seeds = torch.tensor([[i for i, _ in drawn], [signed(s.seed) for _, s in drawn]]).to(device)
+    rows, seeds = sent([[i for i, _ in drawn], [signed(s.seed) for _, s in drawn]], device)
     ways = [s for _, s in drawn]
     most = [min(s.top_k or vocabulary, vocabulary) for s in ways]
-    shares = torch.tensor([[s.temperature, s.top_p] for s in ways], dtype=torch.float64).to(device)
+    shares = sent([[s.temperature, s.top_p] for s in ways], device, torch.float64)
     return Draws(
         rows,
         seeds,
         shares[:, :1].float().clamp(min=torch.finfo(torch.float32).tiny),  # 0 / 0 would be no weight of the likeliest
-        torch.tensor(most, device=device)[:, None] if min(most) < vocabulary else None,
+        sent(most, device)[:, None] if min(most) < vocabulary else None,
         max(most),
         shares[:, 1:] if any(s.top_p < 1 for s in ways) else None,
     )
@@ -93,7 +94,7 @@ def choose(logits: torch.Tensor, draws: Draws | None, positions: torch.Tensor) -
     best, tokens = logits.max(-1)  # NaN is the largest of all
     if draws is not None:
         tokens[draws.rows] = _drawn(logits[draws.rows], draws, positions[draws.rows].long())
-    return tokens, ~best.isfinite()
+    return tokens, best - best != 0  # NaN where it is infinite or NaN; `isfinite` takes twice as many kernels
 
 
 def _drawn(logits: torch.Tensor, draws: Draws, positions: torch.Tensor) -> torch.Tensor:

@@ -149,16 +149,50 @@ def test_faults_of_one_request_are_its_own(quantized, expected, monkeypatch, bad
     assert list(server.record()["reason"]) == ["error", "error", "length"]
 
 
-def test_the_device_has_the_next_turn_before_tokens_are_read(quantized, expected, overlap, monkeypatch):
-    server, order = Server(engine_of(quantized), ahead=3), []
-    give, read = server._give, Turn.results
-    monkeypatch.setattr(server, "_give", lambda *a: order.append("give") or give(*a))
+def test_the_device_has_what_comes_next_before_tokens_are_read(quantized, expected, overlap, monkeypatch):
+    """Prompts, of which a step takes one in, and steps, of which a turn has three."""
+    server, order = Server(engine_of(quantized), ahead=3, budget=1), []
+    take_in, steps, read = server._take_in, server._steps, Turn.results
+    monkeypatch.setattr(server, "_take_in", lambda *a: order.append("prompt") or take_in(*a))
+    monkeypatch.setattr(server, "_steps", lambda *a: order.append("steps") or steps(*a))
     monkeypatch.setattr(Turn, "results", lambda turn: order.append("read") or read(turn))
     found = server.run([Request(PROMPTS[i], 9) for i in (0, 2)])
     assert [p.tokens for p in found] == [expected[0], expected[2]]
-    early = ["give", "give", "read", "give", "read", "read"]
-    assert order == (early if overlap else ["give", "read"] * 3), "8 tokens after the first, 3 in a turn"
-    assert [row["repeat"] for row in server.steps] == [1, 3, 3, 2] and server._turn is None
+    early = ["prompt", "prompt", "read", "read", "steps", "steps", "read", "steps", "read", "read"]
+    assert order == (early if overlap else ["prompt", "read"] * 2 + ["steps", "read"] * 3), "8 tokens after the first"
+    assert [row["repeat"] for row in server.steps] == [1, 1, 3, 3, 2] and server._next is None
+
+
+def test_a_prompt_that_raises_ends_alone(quantized, expected):
+    """The second of three, each taken in by a step of its own, and all three by one."""
+    for budget in (1, 8192):
+        server = Server(engine_of(quantized), budget=budget)
+        prompt = server.engine.attend.prompt
+
+        def raises(layer, qkv, batch, window, prompt=prompt):
+            if layer and len(PROMPTS[2]) in batch.counts:
+                raise RuntimeError("out of luck")
+            return prompt(layer, qkv, batch, window)
+
+        server.engine.attend.prompt = raises
+        first, broken, third = server.run([Request(PROMPTS[i], 9) for i in (0, 2, 1)])
+        assert broken.finish is Finish.ERROR and broken.error == "RuntimeError: out of luck" and not broken.tokens
+        assert (first.tokens, third.tokens) == (expected[0], expected[1])
+        assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
+
+
+def test_cancelled_while_the_device_takes_it_in(quantized, expected):
+    """By the listener of the request before it, whose token is read when the next prompt is the device's already."""
+    server = Server(engine_of(quantized), budget=1)
+    numbers = [
+        server.submit(Request(PROMPTS[0], 9, on_token=lambda *_: server.cancel(1))),
+        server.submit(Request(PROMPTS[2], 9)),
+    ]
+    while not server.idle:
+        server.step()
+    first, second = (server.requests[number] for number in numbers)
+    assert first.tokens == expected[0] and second.finish is Finish.CANCELLED and not second.tokens
+    assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
 
 
 @pytest.mark.parametrize("policy", Policy)

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 
 from qoqlab.checks import require_count, require_positive, require_tensor, shape_of
+from qoqlab.transfer import sent
 
 from . import kv4, kv4_ladder, matmul, ptx
 from .cache import PagedKV
@@ -106,7 +107,7 @@ def _slots(cache: PagedKV, sequences: Sequence[int] | torch.Tensor) -> torch.Ten
     numbers = list(sequences)
     for sequence in numbers:
         cache.pages_of(sequence)
-    return torch.tensor(numbers, dtype=torch.int32, device=cache.pool.device)
+    return sent(numbers, cache.pool.device, torch.int32)
 
 
 @overload

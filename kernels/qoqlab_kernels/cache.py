@@ -12,6 +12,7 @@ from qoqlab.allocator import PageAllocator
 from qoqlab.checks import require_count, require_finite, require_float, shape_of
 from qoqlab.grids import UINT4, UINT8, Grid
 from qoqlab.kv import QuantizedKV, quantize_kv
+from qoqlab.transfer import sent
 
 from .pages import ChunkLayout, byte_tables, token_bytes, token_numbers
 
@@ -95,8 +96,8 @@ class PagedKV:
         self._held[copy], self._length[copy] = pages[:shared] + own, list(lengths)
         self.tables[copy] = self.tables[sequence]
         if own:
-            source = torch.tensor(pages[shared:], device=self.device)
-            to = torch.tensor(own, device=self.device)
+            source = sent(pages[shared:], self.device)
+            to = sent(own, self.device)
             self.pool[:, to] = self.pool[:, source]
             self.tables[copy, shared : len(pages)] = to.int()
         self.lengths[:, copy] = self.lengths[:, sequence]
@@ -152,12 +153,13 @@ class PagedKV:
                 raise ValueError(f"sequence: {sequence!r} is not open")
             wanted[sequence] = max(0, need - len(self._held[sequence]))
         taken = self.allocator.take(sum(wanted.values()))
-        for sequence, count in wanted.items():
-            if count:
-                have, new = len(self._held[sequence]), taken[:count]
-                self.tables[sequence, have : have + count] = torch.tensor(new, dtype=torch.int32, device=self.device)
-                self._held[sequence] += new
-                taken = taken[count:]
+        if not taken:
+            return
+        places = [(s, len(self._held[s]) + i) for s, count in wanted.items() for i in range(count)]
+        for (sequence, _), page in zip(places, taken, strict=True):
+            self._held[sequence].append(page)
+        rows, columns, pages = sent([(*place, page) for place, page in zip(places, taken, strict=True)], self.device).T
+        self.tables[rows, columns] = pages.int()
 
     def advance(self, sequences: Sequence[int], tokens: int = 1) -> None:
         """Tell the host that a replayed graph has appended ``tokens`` tokens to every layer of these sequences; the device's
@@ -195,7 +197,7 @@ class PagedKV:
         stored = self._stored(keys), self._stored(values)
         tokens = keys.shape[2]
         self.grow({sequence: self.length(layer, sequence) + tokens for sequence in numbers})
-        slots = torch.tensor(numbers, device=self.device)
+        slots = sent(numbers, self.device)
         self.write(layer, slots, *stored)
         for sequence in numbers:
             self._length[sequence][layer] += tokens

@@ -156,8 +156,12 @@ class Scheduler:
         return Step(tuple(p.number for p in preempted), tuple(p.number for p in admitted), decode, repeat)
 
     def follow(self, step: Step, most: int) -> Step | None:
-        """The step after ``step``, which only decodes and whose results have not come, with its pages; None where they
-        decide who is in it: where somebody ends and others wait, or waits and would fit, or where pages are short."""
+        """The step after ``step``, whose results have not come, with its pages; None where they decide who is in it: where
+        somebody ends and others wait, or waits and would fit, or where pages are short. Prompts alone are followed by
+        prompts, steps that only decode by such."""
+        if step.prefill:
+            admitted = self._admit(self._known) if self.policy is Policy.PREFILL_FIRST else []
+            return Step(prefill=tuple(p.number for p in admitted)) if admitted else None
         decoded = set(step.decode)
         running = [p for p in self.running if p.number in decoded]
         going = [p for p in running if p.request.max_new_tokens - len(p.tokens) > step.repeat]
@@ -337,10 +341,11 @@ def replay(
                 known.append(scheduler.submit(event.request))
             elif event.cancel is not None and event.cancel < len(known):
                 scheduler.cancel(known[event.cancel])
-        if early is not None and all(known[n].finish is not None for n in early.decode):
+        if early is not None and all(known[n].finish is not None for n in (*early.prefill, *early.decode)):
             early = None
         step = scheduler.plan(most) if early is None else early
-        early = scheduler.follow(step, most) if overlap and step is not None and not step.prefill else None
+        both = step is not None and bool(step.prefill) and bool(step.decode)
+        early = scheduler.follow(step, most) if overlap and step is not None and not both else None
         at += 1
         if step is not None:
             ended = []

@@ -16,6 +16,7 @@ from ..checks import require_count
 from ..engine import Engine
 from ..paged import PAGE
 from ..sampling import Sampling, choose, draws_of
+from ..transfer import sent
 from .requests import Finish, Progress, Request
 from .scheduler import Failure, Limits, Policy, Scheduler, Step
 
@@ -25,20 +26,54 @@ Results = dict[int, list[int | Failure]]
 
 @dataclass(frozen=True)
 class Turn:
-    """Steps in a row that the device has been given: its ``tokens`` int64 [steps, B] there, and they and which are spoilt
-    where the host reads them, ``found`` int64 [2 steps, B], once ``done``; ``nearly``: all steps but the last are."""
+    """What the device has been given: prompts, or steps in a row. The ``tokens`` int64 [steps, B] of requests ``numbers``
+    there, and they and which are spoilt where the host reads them, ``found`` int64 [2 steps, B], once ``done``;
+    ``nearly``: all steps but the last are."""
 
-    step: Step
+    numbers: tuple[int, ...]
     tokens: torch.Tensor
     found: torch.Tensor
     nearly: torch.cuda.Event | None
     done: torch.cuda.Event | None
 
+    @classmethod
+    def of(
+        cls, numbers: tuple[int, ...], tokens: torch.Tensor, spoilt: torch.Tensor, nearly: torch.cuda.Event | None = None
+    ) -> Turn:
+        """From what the device has been given; its tokens are copied to the host as soon as they are there."""
+        both, on_gpu = torch.cat([tokens, spoilt.long()]), tokens.is_cuda
+        found = torch.empty(both.shape, dtype=both.dtype, pin_memory=on_gpu)
+        found.copy_(both, non_blocking=True)
+        done = torch.cuda.Event() if on_gpu else None
+        if done is not None:
+            done.record(torch.cuda.current_stream(tokens.device))
+        return cls(numbers, tokens, found, nearly, done)
+
     def results(self) -> Results:
         """What it brought to each request; waits for it."""
         if self.done is not None:
             self.done.synchronize()
-        return _results(self.step.decode, self.found)
+        steps, results = len(self.found) // 2, {}
+        for number, row in zip(self.numbers, self.found.T.tolist(), strict=True):
+            good = row.index(1, steps) - steps if 1 in row[steps:] else steps
+            results[number] = row[:good] if good == steps else [*row[:good], Failure("the model's logits are not finite")]
+        return results
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A turn whose results are known: its requests were computed one by one, since together they failed."""
+
+    known: Results
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Its requests."""
+        return tuple(self.known)
+
+    def results(self) -> Results:
+        """What it brought to each request."""
+        return self.known
 
 
 class Server:
@@ -46,9 +81,9 @@ class Server:
 
     ``ahead``: steps that the device takes in a row before the host looks at their tokens, where no prompt can come in.
     Python's work is shared among them; tokens are handed out in turns of so many, a new request waits for the end of a turn,
-    and what follows a stop token in its turn is computed for nothing. ``overlap``: the device is given the next turn before
-    the host has looked at the tokens of this one, where they cannot change who is in it, so that it need not wait for
-    Python; a stop token then costs the next turn too.
+    and what follows a stop token in its turn is computed for nothing. ``overlap``: the device is given the next turn, or
+    the next prompts, before the host has looked at the tokens of this one, where they cannot change who is in it, so that it
+    need not wait for Python; a stop token then costs the next turn too.
 
     A request's tokens are a function of its logits, and on the CPU these do not depend on what else is served. On a GPU they
     may in their last bits: attention adds up a long context's parts in an order that depends on the batch, and so does
@@ -79,7 +114,7 @@ class Server:
         self._clock, self._start = clock, clock()
         self._sequences: dict[int, int] = {}  # the engine's, of running requests
         self._overlap = overlap
-        self._turn: Turn | None = None  # under way, and not looked at
+        self._next: tuple[Step, Turn | Apart] | None = None  # under way, and not looked at
 
     @property
     def idle(self) -> bool:
@@ -135,7 +170,7 @@ class Server:
     def step(self) -> bool:
         """One step, or turn of them, if there is anything to do."""
         start = self.now()
-        step = self.scheduler.plan(self.ahead) if self._turn is None else self._turn.step
+        step = self.scheduler.plan(self.ahead) if self._next is None else self._next[0]
         if step is None:
             return False
         for number in step.preempted:
@@ -143,12 +178,12 @@ class Server:
         planned = self.now()
         results: Results = {}
         cached = sum(self.requests[number].cached for number in step.decode if number in self.requests)
-        prompts = sum(len(self.requests[number].request.prompt) for number in step.prefill)
+        prompts = sum(len(self.requests[number].request.prompt) for number in step.prefill if number in self.requests)
         if step.prefill:
-            results |= self._prefill(step.prefill)
+            results |= self._take_in(step.prefill).results() if step.decode else self._results(step)
         prefilled = self.now()
         if step.decode:
-            results |= self._decode(step)
+            results |= self._results(step)
         decoded = self.now()
         self._finish(step, results)
         row: dict[str, float] = {
@@ -162,87 +197,72 @@ class Server:
         self.steps.append(row | {"other_s": self.now() - start - (decoded - planned)})
         return True
 
-    def _prefill(self, numbers: tuple[int, ...]) -> Results:
-        """Take prompts in: the first token of each."""
-        try:
-            sequences, logits = self.engine.prefill([self.requests[number].request.prompt for number in numbers])
-        except Exception as error:
-            return self._apart(numbers, error, self._prefill)
-        self._sequences |= dict(zip(numbers, sequences, strict=True))
-        return self._choose(numbers, logits)
-
-    def _decode(self, step: Step) -> Results:
-        """The next tokens of each request of a step; one, if each has to be computed by itself. The turn that follows is
-        the device's before this one's tokens are read."""
-        turn, self._turn = self._turn, None
-        if turn is None:
-            try:
-                turn = self._give(step, self._inputs(step.decode))
-            except Exception as error:
-                return self._apart(step.decode, error, self._decode_one)
-        if self._overlap and not step.prefill:
-            try:
-                self._turn = self._follow(turn)
-            except Exception:
-                if not self.engine.alone:
-                    raise
-                self._turn = None  # it is planned again, and fails again, once this one's tokens are known
+    def _results(self, step: Step) -> Results:
+        """What a step's decodes, or its prompts alone, bring. What follows is the device's before their tokens are read."""
+        if self._next is not None:
+            (_, turn), self._next = self._next, None
+        else:
+            turn = self._decode(step.decode, step.repeat) if step.decode else self._take_in(step.prefill)
+        if self._overlap and isinstance(turn, Turn) and not (step.prefill and step.decode):
+            self._next = self._follow(step, turn)
         return turn.results()
 
-    def _decode_one(self, numbers: tuple[int, ...]) -> Results:
-        """The next token of one request."""
-        try:
-            return self._give(Step(decode=numbers), self._inputs(numbers)).results()
-        except Exception as error:
-            return self._apart(numbers, error, self._decode_one)
-
-    def _inputs(self, numbers: tuple[int, ...]) -> torch.Tensor:
-        """The token that each request's next step takes in."""
-        return torch.tensor([self.requests[number].next_input for number in numbers])
-
-    def _give(self, step: Step, inputs: torch.Tensor) -> Turn:
-        """Give the device a turn; its tokens will be copied to the host as soon as they are there."""
-        sequences = [self._sequences[number] for number in step.decode]
-        samplings = [self.requests[number].request.sampling for number in step.decode]
-        on_gpu = self.engine.device.type == "cuda"
-        nearly, done = (torch.cuda.Event(), torch.cuda.Event()) if on_gpu else (None, None)
-        tokens, spoilt = self.engine.decode_ahead(sequences, inputs, step.repeat, samplings, nearly)
-        both = torch.cat([tokens, spoilt.long()])
-        found = torch.empty(both.shape, dtype=both.dtype, pin_memory=on_gpu)
-        found.copy_(both, non_blocking=True)
-        if done is not None:
-            done.record(torch.cuda.current_stream(self.engine.device))
-        return Turn(step, tokens, found, nearly, done)
-
-    def _follow(self, turn: Turn) -> Turn | None:
-        """The turn after one that is under way, if its tokens cannot change who is in it. The device is given it late, so
-        that a request which comes meanwhile does not wait for two turns."""
-        step = self.scheduler.follow(turn.step, self.ahead)
-        if step is None:
+    def _follow(self, step: Step, turn: Turn) -> tuple[Step, Turn | Apart] | None:
+        """What comes after a step that is under way, if its tokens cannot change who is in it. The device is given steps
+        late, so that a request which comes meanwhile does not wait for two turns."""
+        coming = self.scheduler.follow(step, self.ahead)
+        if coming is None:
             return None
+        if coming.prefill:
+            return coming, self._take_in(coming.prefill)
         if turn.nearly is not None:
             turn.nearly.synchronize()
-        places = {number: row for row, number in enumerate(turn.step.decode)}
-        rows = torch.tensor([places[number] for number in step.decode]).to(turn.tokens.device)
-        return self._give(step, turn.tokens[-1][rows])
+        places = {number: row for row, number in enumerate(turn.numbers)}
+        rows = sent([places[number] for number in coming.decode], turn.tokens.device)
+        try:
+            return coming, self._steps(coming.decode, coming.repeat, turn.tokens[-1][rows])
+        except Exception:
+            if not self.engine.alone:
+                raise
+            return None  # it is planned again, and fails again, once this one's tokens are known
 
-    def _apart(self, numbers: tuple[int, ...], error: Exception, way: Callable[[tuple[int, ...]], Results]) -> Results:
+    def _take_in(self, numbers: tuple[int, ...]) -> Turn | Apart:
+        """Give the device prompts: the first token of each. Of a request that is fed again after a preemption it is one that
+        nobody asks for."""
+        progress = [self.requests[number] for number in numbers]
+        try:
+            sequences, logits = self.engine.prefill([p.request.prompt for p in progress])
+        except Exception as error:
+            return self._apart(numbers, error, self._take_in)
+        self._sequences |= dict(zip(numbers, sequences, strict=True))
+        draws = draws_of([p.request.sampling for p in progress], self.engine.vocabulary, self.engine.device)
+        places = sent([len(p.request.prompt) + len(p.tokens) for p in progress], self.engine.device)
+        tokens, spoilt = choose(logits, draws, places)
+        return Turn.of(numbers, tokens[None], spoilt[None])
+
+    def _decode(self, numbers: tuple[int, ...], repeat: int = 1) -> Turn | Apart:
+        """Give the device steps of requests whose last tokens are known; one step, if each has to be computed by itself."""
+        inputs = torch.tensor([self.requests[number].next_input for number in numbers])
+        try:
+            return self._steps(numbers, repeat, inputs)
+        except Exception as error:
+            return self._apart(numbers, error, self._decode)
+
+    def _steps(self, numbers: tuple[int, ...], repeat: int, inputs: torch.Tensor) -> Turn:
+        """Give the device steps in a row; the first takes ``inputs`` in. Raises as the engine does."""
+        sequences = [self._sequences[number] for number in numbers]
+        samplings = [self.requests[number].request.sampling for number in numbers]
+        nearly = torch.cuda.Event() if self.engine.device.type == "cuda" else None
+        return Turn.of(numbers, *self.engine.decode_ahead(sequences, inputs, repeat, samplings, nearly), nearly)
+
+    def _apart(self, numbers: tuple[int, ...], error: Exception, way: Callable[[tuple[int, ...]], Turn | Apart]) -> Apart:
         """Requests whose part of a step has failed, each by itself, so that one's fault is its own. The engine has not kept
         anything of the attempt. Where other processes take part, which may not have failed, the error is raised."""
         if not self.engine.alone:
             raise error
         if len(numbers) == 1:
-            return {numbers[0]: [Failure(f"{type(error).__name__}: {error}")]}
-        return {number: found for one in numbers for number, found in way((one,)).items()}
-
-    def _choose(self, numbers: tuple[int, ...], logits: torch.Tensor) -> Results:
-        """The next token of each request, from ``logits [B, V]``. Of a request that is fed again after a preemption it is
-        one that nobody asks for."""
-        progress = [self.requests[number] for number in numbers]
-        draws = draws_of([p.request.sampling for p in progress], self.engine.vocabulary, self.engine.device)
-        places = torch.tensor([len(p.request.prompt) + len(p.tokens) for p in progress], device=self.engine.device)
-        tokens, spoilt = choose(logits, draws, places)
-        return _results(numbers, torch.stack([tokens, spoilt.long()]))
+            return Apart({numbers[0]: [Failure(f"{type(error).__name__}: {error}")]})
+        return Apart({number: found for one in numbers for number, found in way((one,)).results().items()})
 
     def _finish(self, step: Step, results: Results) -> None:
         """Results to the scheduler and to whoever listens; sequences of ended requests back to the engine."""
@@ -263,8 +283,12 @@ class Server:
                 progress.first = self.now()
         for progress in ended:
             self._close(progress)
-        if self._turn is not None and all(n not in self._sequences for n in self._turn.step.decode):
-            self._turn = None  # nobody is left to read it
+        if self._next is not None and all(self._ended(number) for number in self._next[1].numbers):
+            self._next = None  # nobody is left to read it
+
+    def _ended(self, number: int) -> bool:
+        """Whether a request has ended, and may be forgotten."""
+        return number not in self.requests or self.requests[number].finish is not None
 
     def _tell(self, progress: Progress, ended: list[Progress]) -> None:
         """A request's last token to its listener; one that raises ends the request."""
@@ -311,13 +335,3 @@ class Server:
         ]
         columns = ["arrival", "prompt", "output", "first", "finish", "reason", "preemptions"]
         return pd.DataFrame(rows, columns=columns)
-
-
-def _results(numbers: Iterable[int], found: torch.Tensor) -> Results:
-    """What steps brought to each request: ``found`` int64 [2 steps, B], tokens and then which of them are spoilt. Waits for
-    the device."""
-    steps, results = len(found) // 2, {}
-    for number, row in zip(numbers, found.T.tolist(), strict=True):
-        good = row.index(1, steps) - steps if 1 in row[steps:] else steps
-        results[number] = row[:good] if good == steps else [*row[:good], Failure("the model's logits are not finite")]
-    return results
