@@ -46,9 +46,9 @@ CASE = "case "
 BENCHMARKS = ("bench", "kv4_decode", "elementwise", "decode")
 #: Step -> seconds it may take.
 STEPS = {
-    "smoke": 90,
+    "smoke": 150,
     "memcheck": 90,
-    "racecheck": 120,
+    "racecheck": 150,
     "tune": 170,
     "bench": 150,
     "kv4_decode": 120,

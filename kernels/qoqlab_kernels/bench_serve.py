@@ -140,7 +140,7 @@ def requests_of(job: Round, vocabulary: int) -> list[Request]:
     return [Request(tuple(prompt), job.output) for prompt in prompts]
 
 
-def serve_round(engine: Engine, job: Round, overlap: bool = False) -> dict[str, Any]:
+def serve_round(engine: Engine, job: Round, overlap: bool = True) -> dict[str, Any]:
     """A round through the server. Raises `measure.WrongResult` where a request did not get its tokens."""
     together = min(job.batch, max(1, PREFILL // job.prompt))
     for warm in (Round(together, job.prompt, 1), Round(job.batch, min(job.prompt, 64), 3)):  # of a prefill, and of the step
@@ -183,7 +183,7 @@ def arriving(job: Round, rate: float, count: int, vocabulary: int, seed: int = 0
     ]
 
 
-def serve_arrivals(engine: Engine, job: Round, rate: float, count: int, overlap: bool = False) -> dict[str, Any]:
+def serve_arrivals(engine: Engine, job: Round, rate: float, count: int, overlap: bool = True) -> dict[str, Any]:
     """Requests through the server as they arrive. Raises `measure.WrongResult` where one did not get its tokens."""
     for size in sorted({step_size(n) for n in range(1, job.batch + 1)}):  # compiles, and captures all steps
         warm = Round(min(size, job.batch), min(job.prompt, 64), 3)
@@ -348,7 +348,10 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Geometry
     parser.add_argument("--arrivals", type=float, help="requests that arrive a second, at random, instead of all at once")
     parser.add_argument("--requests", type=int, default=200, help="with --arrivals: how many")
     parser.add_argument(
-        "--overlap", action="store_true", help="give the GPU its next turn before this one's tokens are read"
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="give the GPU its next turn before this one's tokens are read",
     )
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")

@@ -102,7 +102,7 @@ class Server:
         budget: int = 8192,
         ahead: int = 8,
         clock: Callable[[], float] = time.perf_counter,
-        overlap: bool = False,
+        overlap: bool = True,
     ) -> None:
         if engine.lengths:
             raise ValueError(f"engine: {len(engine.lengths)} sequences are open in it; a server needs all of its cache")
