@@ -181,6 +181,22 @@ def test_a_prompt_that_raises_ends_alone(quantized, expected):
         assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
 
 
+def test_who_comes_during_a_turn_is_taken_in_after_it(quantized, expected):
+    """Not after the next one too, though the device is given that before the turn's tokens are read."""
+    turns = []
+    server = Server(engine_of(quantized), ahead=3, clock=lambda: float(len(turns)))
+    steps = server._steps
+    server._steps = lambda *a: turns.append(a) or steps(*a)
+    found = server.run([Request(PROMPTS[0], 9), Request(PROMPTS[2], 9, arrival=1.0)])  # while the first turn runs
+    assert [p.tokens for p in found] == [expected[0], expected[2]]
+    assert [(row["prompts"] > 0, row["repeat"]) for row in server.steps[:4]] == [
+        (True, 1),
+        (False, 3),
+        (True, 1),
+        (False, 3),
+    ]
+
+
 def test_cancelled_while_the_device_takes_it_in(quantized, expected):
     """By the listener of the request before it, whose token is read when the next prompt is the device's already."""
     server = Server(engine_of(quantized), budget=1)

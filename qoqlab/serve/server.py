@@ -6,6 +6,7 @@ A measuring instrument, not a web service: it runs in the caller's thread, step 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -113,6 +114,8 @@ class Server:
         self.steps: list[dict[str, float]] = []
         self._clock, self._start = clock, clock()
         self._sequences: dict[int, int] = {}  # the engine's, of running requests
+        self._coming: deque[Request] = deque()  # of `run`, and those of them that have arrived
+        self._arrived: list[Progress] = []
         self._overlap = overlap
         self._next: tuple[Step, Turn | Apart] | None = None  # under way, and not looked at
 
@@ -157,15 +160,21 @@ class Server:
         requests = list(requests)
         for request in requests:
             self.check(request)
-        coming = sorted(requests, key=lambda r: r.arrival)
-        found = []
-        while coming or not self.idle:
-            now = self.engine.agreed(self.now()) if coming else 0.0
-            while coming and coming[0].arrival <= now:
-                found.append(self.requests[self.submit(coming.pop(0))])
-            if not self.step() and coming:
-                time.sleep(min(0.01, max(0.0, coming[0].arrival - self.now())))
-        return found
+        self._coming, self._arrived = deque(sorted(requests, key=lambda r: r.arrival)), []
+        try:
+            while self._coming or not self.idle:
+                self._arrive()
+                if not self.step() and self._coming:
+                    time.sleep(min(0.01, max(0.0, self._coming[0].arrival - self.now())))
+            return self._arrived
+        finally:
+            self._coming, self._arrived = deque(), []
+
+    def _arrive(self) -> None:
+        """Submit the requests of `run` that have arrived."""
+        now = self.engine.agreed(self.now()) if self._coming else 0.0
+        while self._coming and self._coming[0].arrival <= now:
+            self._arrived.append(self.requests[self.submit(self._coming.popleft())])
 
     def step(self) -> bool:
         """One step, or turn of them, if there is anything to do."""
@@ -208,15 +217,16 @@ class Server:
         return turn.results()
 
     def _follow(self, step: Step, turn: Turn) -> tuple[Step, Turn | Apart] | None:
-        """What comes after a step that is under way, if its tokens cannot change who is in it. The device is given steps
-        late, so that a request which comes meanwhile does not wait for two turns."""
+        """What comes after a step that is under way, if its tokens cannot change who is in it. Of a turn only the last step
+        is left then: a request that has come meanwhile is looked at before the next turn is the device's."""
+        if turn.nearly is not None:
+            turn.nearly.synchronize()
+        self._arrive()
         coming = self.scheduler.follow(step, self.ahead)
         if coming is None:
             return None
         if coming.prefill:
             return coming, self._take_in(coming.prefill)
-        if turn.nearly is not None:
-            turn.nearly.synchronize()
         places = {number: row for row, number in enumerate(turn.numbers)}
         rows = sent([places[number] for number in coming.decode], turn.tokens.device)
         try:
