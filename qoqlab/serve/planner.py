@@ -51,29 +51,33 @@ def activation_bytes(model: Geometry, tokens: int, logits: int) -> float:
     return max(layer, tokens * 4 * model.hidden + logits * model.vocabulary * (2 + 4 + 4 + 2))
 
 
-def memory(model: Geometry, scheme: Scheme, batch: int, tokens: int, prefill: int = 8192) -> Memory:
+def memory(model: Geometry, scheme: Scheme, batch: int, tokens: int, prefill: int = 8192, sliced: bool = False) -> Memory:
     """Of a server with ``batch`` requests of at most ``tokens`` tokens each, whose steps take in ``prefill`` tokens of
-    prompts at most. A request's last page counts in full."""
+    prompts at most. A request's last page counts in full. ``sliced``: ``model`` is what one of several GPUs holds
+    (`qoqlab.parallel`); their sums are INT32 before scales are applied."""
     for name, value in (("batch", batch), ("tokens", tokens), ("prefill", prefill)):
         require_count(name, value, 1)
-    pages = batch * -(-tokens // PAGE)
-    activations = activation_bytes(model, max(prefill, batch), batch)
+    pages, most = batch * -(-tokens // PAGE), max(prefill, batch)
+    activations = activation_bytes(model, most, batch) + sliced * 4 * most * model.hidden
     return Memory(roofline.weight_bytes(model, scheme), pages * page_bytes(model, scheme), activations)
 
 
-def largest_batch(model: Geometry, scheme: Scheme, budget: float, tokens: int, prefill: int = 8192) -> int:
+def largest_batch(
+    model: Geometry, scheme: Scheme, budget: float, tokens: int, prefill: int = 8192, sliced: bool = False
+) -> int:
     """The most requests of ``tokens`` tokens each that fit into ``budget`` bytes beside `CONTEXT`; 0 if not even one.
+    Other arguments: as of `memory`.
 
     Raises ValueError for a budget that is no finite, positive number, or a count below 1.
     """
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0 < budget < math.inf:
         raise ValueError(f"budget: expected a finite, positive number of bytes, got {budget!r}")
     low, high = 0, 1
-    while memory(model, scheme, high, tokens, prefill).total + CONTEXT <= budget:
+    while memory(model, scheme, high, tokens, prefill, sliced).total + CONTEXT <= budget:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        if memory(model, scheme, middle, tokens, prefill).total + CONTEXT <= budget:
+        if memory(model, scheme, middle, tokens, prefill, sliced).total + CONTEXT <= budget:
             low = middle
         else:
             high = middle
