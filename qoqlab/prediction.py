@@ -114,14 +114,14 @@ class System:
 
 #: Fitted on measurements of our kernels and our server on one H200; ``data/benchmarks/calibration.json`` has the error of
 #: each. Unpacking shows in none of them.
-OURS = System("qoqlab", Efficiency(0.99, 0.935, 0.659, 0.507, 0.0, 3.86e-6, 7.77e-6, 9.15e-6, 0.403))
+OURS = System("qoqlab", Efficiency(0.993, 0.935, 0.656, 0.522, 0.0, 3.86e-6, 7.73e-6, 9.11e-6, 0.412))
 #: Fitted on measurements on the same card: cuBLAS, torch's fastest attention, what is between fused by torch.compile.
-TORCH_FP16 = System("torch fp16", Efficiency(1.0, 0.986, 0.955, 0.532, 0.0, 3.81e-6, 7.03e-6, 22.4e-6, 0.575))
+TORCH_FP16 = System("torch fp16", Efficiency(1.0, 0.986, 0.954, 0.554, 0.0, 3.81e-6, 7.02e-6, 22.5e-6, 0.589))
 #: torch's systems by format. Of 8 bits only what 6 measurements each can tell differs from fp16.
 TORCH = {
     "fp16": TORCH_FP16,
-    "W8A8": System("torch W8A8", Efficiency(1.0, 0.986, 0.955, 0.532, 0.0, 12.8e-6, 7.03e-6, 22.4e-6, 0.847)),
-    "W8A8KV8": System("torch W8A8KV8", Efficiency(1.0, 0.986, 0.51, 0.532, 0.0, 10.6e-6, 7.03e-6, 22.4e-6, 0.801)),
+    "W8A8": System("torch W8A8", Efficiency(1.0, 0.986, 0.954, 0.554, 0.0, 12.8e-6, 7.02e-6, 22.5e-6, 0.856)),
+    "W8A8KV8": System("torch W8A8KV8", Efficiency(1.0, 0.986, 0.509, 0.554, 0.0, 10.5e-6, 7.02e-6, 22.5e-6, 0.81)),
 }
 #: One set a system, fitted on its rows of ``data/paper/throughput.csv``. QServe does attention on CUDA cores; Atom scales
 #: partial sums there. Two rows are too few to tell more than one number of Atom's.

@@ -130,10 +130,11 @@ def unseen(points: list[Point], model: str) -> list[dict[str, Any]]:
     """Whole rounds of every model but ``model``, foreseen by efficiencies that were fitted without them."""
     known = [point for point in points if point[0].get("model", model) == model]
     efficiency = fitted(known, frozenset({"tax"}))
-    times: dict[str, dict[str, Any]] = {}
+    times: dict[tuple[str, int], dict[str, Any]] = {}
     for label, work, us in (point for point in points if point[0].get("model", model) != model):
         row = times.setdefault(
-            label["model"], {"model": label["model"], "batch": label["batch"], "us": 0.0, "predicted_us": 0.0}
+            (label["model"], label["batch"]),
+            {"model": label["model"], "batch": label["batch"], "us": 0.0, "predicted_us": 0.0},
         )
         row["us"] += us
         row["predicted_us"] += 1e6 * efficiency.seconds(work)
