@@ -371,6 +371,20 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
         if leaves_lse and quad == u32(0):
             ptx.stg1(ptx.address(lse) + u64(row) * u64(4), word_of(natural(largest, total)))
 
+    @device
+    def clear(lengths, slots, out, lse, batch, kv_heads, window):
+        """Zeros for sequences without tokens, one after the other by all threads of one block each."""
+        rows = u32(kv_heads * u32(group))
+        for b in range(u32(cuda.blockIdx.x), batch, u32(cuda.gridDim.x)):
+            if span(lengths, ptx.ldg1(ptx.address(slots) + u64(b) * u64(4)), window)[3] == u32(0):
+                first = ptx.address(out) + u64(b) * u64(rows) * u64(2 * d)
+                for item in range(u32(cuda.threadIdx.x), u32(rows * u32(d // 8)), u32(threads)):
+                    ptx.stg4(first + u64(item) * u64(16), u32(0), u32(0), u32(0), u32(0))
+                if leaves_lse:
+                    first = ptx.address(lse) + u64(b) * u64(rows) * u64(4)
+                    for item in range(u32(cuda.threadIdx.x), rows, u32(threads)):
+                        ptx.stg1(first + u64(item) * u64(4), u32(0xFF800000))  # -inf
+
     def kernel(
         query,
         pool,
@@ -409,17 +423,6 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
             count = u32(count + pages)
             if pages > u32(0):
                 filled = u32(filled + u32(1))
-            elif ptx.modulo(u32(b), u32(cuda.gridDim.x)) == worker:
-                # no tokens, nothing to attend to: zeros
-                if late:
-                    ptx.wait_for_previous_kernel()
-                for item in range(kv_heads * u32(group * d // 2)):
-                    at = u64(b) * u64(kv_heads) * u64(group * d // 2) + u64(item)
-                    ptx.stg1(ptx.address(out) + at * u64(4), u32(0))
-                if leaves_lse:
-                    for item in range(kv_heads * u32(group)):
-                        at = u64(b) * u64(kv_heads) * u64(group) + u64(item)
-                        ptx.stg1(ptx.address(lse) + at * u64(4), u32(0xFF800000))  # -inf
         inclusive, filled_inclusive = count, filled
         for k in range(5):
             other, another = ptx.shuffle_up(i32(inclusive), u32(1 << k)), ptx.shuffle_up(i32(filled_inclusive), u32(1 << k))
@@ -497,226 +500,228 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
                         number_a = number(tables, line_a, page_a)
                 elif not bulk:
                     ptx.copy_commit()
-            if late:
-                ptx.wait_for_previous_kernel()
-                ptx.allow_next_kernel()
-            stage = phase = side = u32(0)
-            scale_given, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
-            queries, sums = cuda.local.array(query_words, u32), cuda.local.array(columns, f32)
-            acc, products = cuda.local.array(acc_words, f32), cuda.local.array(product_words, f32)
-            scores, dots = cuda.local.array(score_words, f32), cuda.local.array(dot_words, f32)
-            weights = cuda.local.array(weight_words, u32)
-            largest, totals = cuda.local.array(columns, f32), cuda.local.array(columns, f32)
-            zeros = cuda.local.array(columns, f32)
-            value_scales, value_zeros = (
-                cuda.local.array(rows, f32),
-                cuda.local.array(rows, f32),
-            )
-            while unit < end:
-                slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
-                length, first, first_page, pages = span(lengths, slot, window)
-                stop = min(end, u32(unit + u32(pages - page)))
-                row = u32(u32(sequence * kv_heads + head) * u32(group))
-                scale = scale_given * load_queries(query, row, lane, queries, sums)
-                for i in range(tiles * 4 * steps):
-                    acc[i] = f32(0.0)
-                for i in range(2 * tiles):
-                    largest[i], totals[i], zeros[i] = f32(LOWEST), f32(0.0), f32(0.0)
-                while mine < stop:
-                    at = buffers + stage * u32(chunk_bytes)
-                    if bulk:
-                        ptx.barrier_wait(barriers + stage * u32(8), phase)
-                    else:
-                        wait_oldest()
-                        ptx.warp_barrier()
-                    token = u32(u32(first_page + u32(page + u32(mine - unit))) << u32(shift))
-                    # scores of the page: tokens g and g + 8 of every 16, queries 2 q and 2 q + 1 of every 8
-                    for t in range(token_tiles):
-                        for i in range(4 * tiles):
-                            dots[i] = f32(0.0)
-                        for v in range(vectors):
-                            c = ptx.lds4(at + u32((t * vectors + v) * 512) + lane * u32(16))
-                            multiply_keys(c[0], 4 * v, queries, dots)
-                            multiply_keys(c[1], 4 * v + 1, queries, dots)
-                            multiply_keys(c[2], 4 * v + 2, queries, dots)
-                            multiply_keys(c[3], 4 * v + 3, queries, dots)
-                        pair = at + u32(key_pairs + t * 64) + g * u32(4)
-                        k0, k1 = ptx.unpack_half(ptx.lds1(pair)), ptx.unpack_half(ptx.lds1(pair + u32(32)))
-                        s0, z0, s1, z1 = k0[0], f32(8.0) - k0[1], k1[0], f32(8.0) - k1[1]
-                        for n in range(tiles):
-                            i = (n * token_tiles + t) * 4
-                            scores[i] = finish(ptx.fuse(z0, sums[2 * n], dots[4 * n]) * s0, scale, cap)
-                            scores[i + 1] = finish(ptx.fuse(z0, sums[2 * n + 1], dots[4 * n + 1]) * s0, scale, cap)
-                            scores[i + 2] = finish(ptx.fuse(z1, sums[2 * n], dots[4 * n + 2]) * s1, scale, cap)
-                            scores[i + 3] = finish(ptx.fuse(z1, sums[2 * n + 1], dots[4 * n + 3]) * s1, scale, cap)
-                        pair = at + u32(value_pairs + t * 64) + g * u32(4)
-                        k0, k1 = ptx.unpack_half(ptx.lds1(pair)), ptx.unpack_half(ptx.lds1(pair + u32(32)))
-                        value_scales[2 * t], value_zeros[2 * t] = k0[0], k0[1] - f32(8.0)
-                        value_scales[2 * t + 1], value_zeros[2 * t + 1] = k1[0], k1[1] - f32(8.0)
-                    if token < first or u32(token + u32(size)) > length:
-                        # beyond the ends a page may hold anything, NaN too
-                        for t in range(token_tiles):
-                            for h in range(2):
-                                other = u32(token + u32(16 * t + 8 * h) + g)
-                                if other < first or other >= length:
-                                    value_scales[2 * t + h] = value_zeros[2 * t + h] = f32(0.0)
-                                    for n in range(tiles):
-                                        i = (n * token_tiles + t) * 4 + 2 * h
-                                        scores[i] = scores[i + 1] = f32(LOWEST)
-                    top = value_scales[0]
-                    for i in range(1, 2 * token_tiles):
-                        top = ptx.maximum(top, value_scales[i])
-                    for k in range(2, 5):
-                        top = ptx.maximum(top, exchange(top, 1 << k))
-                    power = u32(word_of(top) & u32(0x7F800000))  # scales of the page are below twice this power of two
-                    back, normal = ptx.as_float(power), ptx.as_float(u32(u32(254 << 23) - power))
+        if late:
+            ptx.wait_for_previous_kernel()
+            ptx.allow_next_kernel()
+        if filled_total < batch:
+            clear(lengths, slots, out, lse, batch, kv_heads, window)  # while the first pages come
+        stage = phase = side = u32(0)
+        scale_given, cap = ptx.as_float(scale_bits), ptx.as_float(cap_bits)
+        queries, sums = cuda.local.array(query_words, u32), cuda.local.array(columns, f32)
+        acc, products = cuda.local.array(acc_words, f32), cuda.local.array(product_words, f32)
+        scores, dots = cuda.local.array(score_words, f32), cuda.local.array(dot_words, f32)
+        weights = cuda.local.array(weight_words, u32)
+        largest, totals = cuda.local.array(columns, f32), cuda.local.array(columns, f32)
+        zeros = cuda.local.array(columns, f32)
+        value_scales, value_zeros = (
+            cuda.local.array(rows, f32),
+            cuda.local.array(rows, f32),
+        )
+        while unit < end:
+            slot = ptx.ldg1(ptx.address(slots) + u64(sequence) * u64(4))
+            length, first, first_page, pages = span(lengths, slot, window)
+            stop = min(end, u32(unit + u32(pages - page)))
+            row = u32(u32(sequence * kv_heads + head) * u32(group))
+            scale = scale_given * load_queries(query, row, lane, queries, sums)
+            for i in range(tiles * 4 * steps):
+                acc[i] = f32(0.0)
+            for i in range(2 * tiles):
+                largest[i], totals[i], zeros[i] = f32(LOWEST), f32(0.0), f32(0.0)
+            while mine < stop:
+                at = buffers + stage * u32(chunk_bytes)
+                if bulk:
+                    ptx.barrier_wait(barriers + stage * u32(8), phase)
+                else:
+                    wait_oldest()
+                    ptx.warp_barrier()
+                token = u32(u32(first_page + u32(page + u32(mine - unit))) << u32(shift))
+                # scores of the page: tokens g and g + 8 of every 16, queries 2 q and 2 q + 1 of every 8
+                for t in range(token_tiles):
+                    for i in range(4 * tiles):
+                        dots[i] = f32(0.0)
+                    for v in range(vectors):
+                        c = ptx.lds4(at + u32((t * vectors + v) * 512) + lane * u32(16))
+                        multiply_keys(c[0], 4 * v, queries, dots)
+                        multiply_keys(c[1], 4 * v + 1, queries, dots)
+                        multiply_keys(c[2], 4 * v + 2, queries, dots)
+                        multiply_keys(c[3], 4 * v + 3, queries, dots)
+                    pair = at + u32(key_pairs + t * 64) + g * u32(4)
+                    k0, k1 = ptx.unpack_half(ptx.lds1(pair)), ptx.unpack_half(ptx.lds1(pair + u32(32)))
+                    s0, z0, s1, z1 = k0[0], f32(8.0) - k0[1], k1[0], f32(8.0) - k1[1]
                     for n in range(tiles):
-                        i = n * token_tiles * 4
-                        m0, m1 = scores[i], scores[i + 1]
-                        for t in range(token_tiles):
-                            j = i + 4 * t
-                            m0, m1 = ptx.maximum(m0, scores[j]), ptx.maximum(m1, scores[j + 1])
-                            m0, m1 = ptx.maximum(m0, scores[j + 2]), ptx.maximum(m1, scores[j + 3])
-                        for k in range(2, 5):
-                            m0, m1 = ptx.maximum(m0, exchange(m0, 1 << k)), ptx.maximum(m1, exchange(m1, 1 << k))
-                        l0 = l1 = z0 = z1 = f32(0.0)
-                        for t in range(token_tiles):
-                            j = i + 4 * t
-                            p0, p1 = ptx.exp2(scores[j] - m0), ptx.exp2(scores[j + 1] - m1)
-                            p2, p3 = ptx.exp2(scores[j + 2] - m0), ptx.exp2(scores[j + 3] - m1)
-                            l0, l1 = l0 + (p0 + p2), l1 + (p1 + p3)
-                            s0, s1 = value_scales[2 * t] * normal, value_scales[2 * t + 1] * normal
-                            low, high = ptx.pack_half(p0 * s0, p1 * s0), ptx.pack_half(p2 * s1, p3 * s1)
-                            w0, w1 = ptx.unpack_half(low), ptx.unpack_half(high)
-                            z0 = ptx.fuse(w0[0], value_zeros[2 * t], ptx.fuse(w1[0], value_zeros[2 * t + 1], z0))
-                            z1 = ptx.fuse(w0[1], value_zeros[2 * t], ptx.fuse(w1[1], value_zeros[2 * t + 1], z1))
-                            k = (n * token_tiles + t) * 2
-                            weights[k], weights[k + 1] = ptx.transpose8(low), ptx.transpose8(high)
-                        new0, new1 = ptx.maximum(largest[2 * n], m0), ptx.maximum(largest[2 * n + 1], m1)
-                        f0, f1 = ptx.exp2(largest[2 * n] - new0), ptx.exp2(largest[2 * n + 1] - new1)
-                        g0, g1 = ptx.exp2(m0 - new0), ptx.exp2(m1 - new1)
-                        largest[2 * n], largest[2 * n + 1] = new0, new1
-                        totals[2 * n] = ptx.fuse(totals[2 * n], f0, l0 * g0)
-                        totals[2 * n + 1] = ptx.fuse(totals[2 * n + 1], f1, l1 * g1)
-                        g0, g1 = g0 * back, g1 * back
-                        zeros[2 * n] = ptx.fuse(zeros[2 * n], f0, z0 * g0)
-                        zeros[2 * n + 1] = ptx.fuse(zeros[2 * n + 1], f1, z1 * g1)
-                        # kept for the accumulators below
-                        dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3] = f0, f1, g0, g1
-                    for v in range(steps // at_once):
-                        for i in range(product_words):
-                            products[i] = f32(0.0)
-                        for t in range(token_tiles):
-                            values = at + u32(codes_bytes + (t * vectors + v * at_once // 4) * 512) + lane * u32(16)
-                            if tiles == 1:
-                                c = ptx.lds4(values)
-                                multiply_values(c[0], 0, t, weights, products)
-                                multiply_values(c[1], 1, t, weights, products)
-                                multiply_values(c[2], 2, t, weights, products)
-                                multiply_values(c[3], 3, t, weights, products)
-                            else:
-                                two = ptx.lds2(values + u32(v % 2 * 8))
-                                multiply_values(two[0], 0, t, weights, products)
-                                multiply_values(two[1], 1, t, weights, products)
-                        for n in range(tiles):
-                            f0, f1, g0, g1 = dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3]
-                            for j in range(at_once):
-                                i, k = (n * steps + at_once * v + j) * 4, (n * at_once + j) * 4
-                                acc[i] = ptx.fuse(acc[i], f0, products[k] * g0)
-                                acc[i + 1] = ptx.fuse(acc[i + 1], f1, products[k + 1] * g1)
-                                acc[i + 2] = ptx.fuse(acc[i + 2], f0, products[k + 2] * g0)
-                                acc[i + 3] = ptx.fuse(acc[i + 3], f1, products[k + 3] * g1)
-                    ptx.warp_barrier()  # everybody has read the stage
-                    if ahead < end:
-                        issue(pool, number_a, head_a, kv_heads, at, barriers + stage * u32(8), lane)
-                        ahead = u32(ahead + u32(warps))
-                        if ahead < end:
-                            sequence_a, head_a, page_a, pages_a, line_a = skip(
-                                sequence_a,
-                                head_a,
-                                page_a,
-                                pages_a,
-                                line_a,
-                                u32(warps),
-                                lengths,
-                                slots,
-                                window,
-                                width,
-                                kv_heads,
-                            )
-                            number_a = number(tables, line_a, page_a)
-                    elif not bulk:
-                        ptx.copy_commit()
-                    mine = u32(mine + u32(warps))
-                    stage = u32(stage + u32(1))
-                    if stage == u32(stages):
-                        stage, phase = u32(0), u32(phase ^ u32(1))
-                # the segment ends: every warp leaves its rows in shared memory
-                part = base + u32(parts_at) + u32(warp * u32(group * row_bytes))
+                        i = (n * token_tiles + t) * 4
+                        scores[i] = finish(ptx.fuse(z0, sums[2 * n], dots[4 * n]) * s0, scale, cap)
+                        scores[i + 1] = finish(ptx.fuse(z0, sums[2 * n + 1], dots[4 * n + 1]) * s0, scale, cap)
+                        scores[i + 2] = finish(ptx.fuse(z1, sums[2 * n], dots[4 * n + 2]) * s1, scale, cap)
+                        scores[i + 3] = finish(ptx.fuse(z1, sums[2 * n + 1], dots[4 * n + 3]) * s1, scale, cap)
+                    pair = at + u32(value_pairs + t * 64) + g * u32(4)
+                    k0, k1 = ptx.unpack_half(ptx.lds1(pair)), ptx.unpack_half(ptx.lds1(pair + u32(32)))
+                    value_scales[2 * t], value_zeros[2 * t] = k0[0], k0[1] - f32(8.0)
+                    value_scales[2 * t + 1], value_zeros[2 * t + 1] = k1[0], k1[1] - f32(8.0)
+                if token < first or u32(token + u32(size)) > length:
+                    # beyond the ends a page may hold anything, NaN too
+                    for t in range(token_tiles):
+                        for h in range(2):
+                            other = u32(token + u32(16 * t + 8 * h) + g)
+                            if other < first or other >= length:
+                                value_scales[2 * t + h] = value_zeros[2 * t + h] = f32(0.0)
+                                for n in range(tiles):
+                                    i = (n * token_tiles + t) * 4 + 2 * h
+                                    scores[i] = scores[i + 1] = f32(LOWEST)
+                top = value_scales[0]
+                for i in range(1, 2 * token_tiles):
+                    top = ptx.maximum(top, value_scales[i])
+                for k in range(2, 5):
+                    top = ptx.maximum(top, exchange(top, 1 << k))
+                power = u32(word_of(top) & u32(0x7F800000))  # scales of the page are below twice this power of two
+                back, normal = ptx.as_float(power), ptx.as_float(u32(u32(254 << 23) - power))
                 for n in range(tiles):
-                    for h in range(2):
-                        mass, z = totals[2 * n + h], zeros[2 * n + h]
-                        for k in range(2, 5):
-                            mass, z = mass + exchange(mass, 1 << k), z + exchange(z, 1 << k)
-                        r = u32(u32(8 * n + h) + q * u32(2))
-                        if r < u32(group):
-                            to = part + r * u32(row_bytes)
-                            for j in range(steps):
-                                i = (n * steps + j) * 4 + h
-                                ptx.sts1(to + u32(64 * j) + g * u32(4), word_of(acc[i] - z))
-                                ptx.sts1(to + u32(64 * j + 32) + g * u32(4), word_of(acc[i + 2] - z))
-                            if g == u32(0):
-                                ptx.sts1(to + u32(4 * d), word_of(largest[2 * n + h]))
-                                ptx.sts1(to + u32(4 * d + 4), word_of(mass))
+                    i = n * token_tiles * 4
+                    m0, m1 = scores[i], scores[i + 1]
+                    for t in range(token_tiles):
+                        j = i + 4 * t
+                        m0, m1 = ptx.maximum(m0, scores[j]), ptx.maximum(m1, scores[j + 1])
+                        m0, m1 = ptx.maximum(m0, scores[j + 2]), ptx.maximum(m1, scores[j + 3])
+                    for k in range(2, 5):
+                        m0, m1 = ptx.maximum(m0, exchange(m0, 1 << k)), ptx.maximum(m1, exchange(m1, 1 << k))
+                    l0 = l1 = z0 = z1 = f32(0.0)
+                    for t in range(token_tiles):
+                        j = i + 4 * t
+                        p0, p1 = ptx.exp2(scores[j] - m0), ptx.exp2(scores[j + 1] - m1)
+                        p2, p3 = ptx.exp2(scores[j + 2] - m0), ptx.exp2(scores[j + 3] - m1)
+                        l0, l1 = l0 + (p0 + p2), l1 + (p1 + p3)
+                        s0, s1 = value_scales[2 * t] * normal, value_scales[2 * t + 1] * normal
+                        low, high = ptx.pack_half(p0 * s0, p1 * s0), ptx.pack_half(p2 * s1, p3 * s1)
+                        w0, w1 = ptx.unpack_half(low), ptx.unpack_half(high)
+                        z0 = ptx.fuse(w0[0], value_zeros[2 * t], ptx.fuse(w1[0], value_zeros[2 * t + 1], z0))
+                        z1 = ptx.fuse(w0[1], value_zeros[2 * t], ptx.fuse(w1[1], value_zeros[2 * t + 1], z1))
+                        k = (n * token_tiles + t) * 2
+                        weights[k], weights[k + 1] = ptx.transpose8(low), ptx.transpose8(high)
+                    new0, new1 = ptx.maximum(largest[2 * n], m0), ptx.maximum(largest[2 * n + 1], m1)
+                    f0, f1 = ptx.exp2(largest[2 * n] - new0), ptx.exp2(largest[2 * n + 1] - new1)
+                    g0, g1 = ptx.exp2(m0 - new0), ptx.exp2(m1 - new1)
+                    largest[2 * n], largest[2 * n + 1] = new0, new1
+                    totals[2 * n] = ptx.fuse(totals[2 * n], f0, l0 * g0)
+                    totals[2 * n + 1] = ptx.fuse(totals[2 * n + 1], f1, l1 * g1)
+                    g0, g1 = g0 * back, g1 * back
+                    zeros[2 * n] = ptx.fuse(zeros[2 * n], f0, z0 * g0)
+                    zeros[2 * n + 1] = ptx.fuse(zeros[2 * n + 1], f1, z1 * g1)
+                    # kept for the accumulators below
+                    dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3] = f0, f1, g0, g1
+                for v in range(steps // at_once):
+                    for i in range(product_words):
+                        products[i] = f32(0.0)
+                    for t in range(token_tiles):
+                        values = at + u32(codes_bytes + (t * vectors + v * at_once // 4) * 512) + lane * u32(16)
+                        if tiles == 1:
+                            c = ptx.lds4(values)
+                            multiply_values(c[0], 0, t, weights, products)
+                            multiply_values(c[1], 1, t, weights, products)
+                            multiply_values(c[2], 2, t, weights, products)
+                            multiply_values(c[3], 3, t, weights, products)
+                        else:
+                            two = ptx.lds2(values + u32(v % 2 * 8))
+                            multiply_values(two[0], 0, t, weights, products)
+                            multiply_values(two[1], 1, t, weights, products)
+                    for n in range(tiles):
+                        f0, f1, g0, g1 = dots[4 * n], dots[4 * n + 1], dots[4 * n + 2], dots[4 * n + 3]
+                        for j in range(at_once):
+                            i, k = (n * steps + at_once * v + j) * 4, (n * at_once + j) * 4
+                            acc[i] = ptx.fuse(acc[i], f0, products[k] * g0)
+                            acc[i + 1] = ptx.fuse(acc[i + 1], f1, products[k + 1] * g1)
+                            acc[i + 2] = ptx.fuse(acc[i + 2], f0, products[k + 2] * g0)
+                            acc[i + 3] = ptx.fuse(acc[i + 3], f1, products[k + 3] * g1)
+                ptx.warp_barrier()  # everybody has read the stage
+                if ahead < end:
+                    issue(pool, number_a, head_a, kv_heads, at, barriers + stage * u32(8), lane)
+                    ahead = u32(ahead + u32(warps))
+                    if ahead < end:
+                        sequence_a, head_a, page_a, pages_a, line_a = skip(
+                            sequence_a,
+                            head_a,
+                            page_a,
+                            pages_a,
+                            line_a,
+                            u32(warps),
+                            lengths,
+                            slots,
+                            window,
+                            width,
+                            kv_heads,
+                        )
+                        number_a = number(tables, line_a, page_a)
+                elif not bulk:
+                    ptx.copy_commit()
+                mine = u32(mine + u32(warps))
+                stage = u32(stage + u32(1))
+                if stage == u32(stages):
+                    stage, phase = u32(0), u32(phase ^ u32(1))
+            # the segment ends: every warp leaves its rows in shared memory
+            part = base + u32(parts_at) + u32(warp * u32(group * row_bytes))
+            for n in range(tiles):
+                for h in range(2):
+                    mass, z = totals[2 * n + h], zeros[2 * n + h]
+                    for k in range(2, 5):
+                        mass, z = mass + exchange(mass, 1 << k), z + exchange(z, 1 << k)
+                    r = u32(u32(8 * n + h) + q * u32(2))
+                    if r < u32(group):
+                        to = part + r * u32(row_bytes)
+                        for j in range(steps):
+                            i = (n * steps + j) * 4 + h
+                            ptx.sts1(to + u32(64 * j) + g * u32(4), word_of(acc[i] - z))
+                            ptx.sts1(to + u32(64 * j + 32) + g * u32(4), word_of(acc[i + 2] - z))
+                        if g == u32(0):
+                            ptx.sts1(to + u32(4 * d), word_of(largest[2 * n + h]))
+                            ptx.sts1(to + u32(4 * d + 4), word_of(mass))
+            cuda.syncthreads()
+            whole = u32(stop - unit) == pages
+            for item in range(thread, u32(group * quads), u32(threads)):
+                r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
+                place = base + u32(parts_at) + r * u32(row_bytes)
+                top = f32(LOWEST)
+                for w in range(warps):
+                    top = ptx.maximum(top, shared_float(place + u32(w * group * row_bytes + 4 * d)))
+                mass = o0 = o1 = o2 = o3 = f32(0.0)
+                for w in range(warps):
+                    theirs = place + u32(w * group * row_bytes)
+                    f = ptx.exp2(shared_float(theirs + u32(4 * d)) - top)
+                    mass = ptx.fuse(f, shared_float(theirs + u32(4 * d + 4)), mass)
+                    four = ptx.lds4(theirs + quad * u32(16))
+                    o0, o1 = ptx.fuse(f, ptx.as_float(four[0]), o0), ptx.fuse(f, ptx.as_float(four[1]), o1)
+                    o2, o3 = ptx.fuse(f, ptx.as_float(four[2]), o2), ptx.fuse(f, ptx.as_float(four[3]), o3)
+                if whole:
+                    write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
+                else:
+                    spot = u64(u32(u32(worker * u32(2) + side) * u32(group) + r)) * u64(row_bytes)
+                    to_part = ptx.address(partials) + spot
+                    ptx.stg4(to_part + u64(quad * u32(16)), word_of(o0), word_of(o1), word_of(o2), word_of(o3))
+                    if quad == u32(0):
+                        ptx.stg4(to_part + u64(4 * d), word_of(top), word_of(mass), u32(0), u32(0))
+            if not whole:
                 cuda.syncthreads()
-                whole = u32(stop - unit) == pages
-                for item in range(thread, u32(group * quads), u32(threads)):
-                    r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
-                    place = base + u32(parts_at) + r * u32(row_bytes)
-                    top = f32(LOWEST)
-                    for w in range(warps):
-                        top = ptx.maximum(top, shared_float(place + u32(w * group * row_bytes + 4 * d)))
-                    mass = o0 = o1 = o2 = o3 = f32(0.0)
-                    for w in range(warps):
-                        theirs = place + u32(w * group * row_bytes)
-                        f = ptx.exp2(shared_float(theirs + u32(4 * d)) - top)
-                        mass = ptx.fuse(f, shared_float(theirs + u32(4 * d + 4)), mass)
-                        four = ptx.lds4(theirs + quad * u32(16))
-                        o0, o1 = ptx.fuse(f, ptx.as_float(four[0]), o0), ptx.fuse(f, ptx.as_float(four[1]), o1)
-                        o2, o3 = ptx.fuse(f, ptx.as_float(four[2]), o2), ptx.fuse(f, ptx.as_float(four[3]), o3)
-                    if whole:
+                first_worker = worker_of(origin, quotient, remainder)
+                last_worker = worker_of(u32(origin + u32(pages - u32(1))), quotient, remainder)
+                counter = ptx.address(counters) + u64(u32(sequence * kv_heads + head)) * u64(4)
+                flag = words + u32(8 * warps + 20)
+                if thread == u32(0):
+                    # released and acquired for the whole block: barriers on both sides
+                    ptx.sts1(flag, ptx.atomic_inc(counter))
+                cuda.syncthreads()
+                if ptx.lds1(flag) == u32(last_worker - first_worker):
+                    for item in range(thread, u32(group * quads), u32(threads)):
+                        r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
+                        o0, o1, o2, o3, mass, top = merge_rows(
+                            quad, r, first_worker, last_worker, partials, quotient, remainder, origin, extra
+                        )
                         write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
-                    else:
-                        spot = u64(u32(u32(worker * u32(2) + side) * u32(group) + r)) * u64(row_bytes)
-                        to_part = ptx.address(partials) + spot
-                        ptx.stg4(to_part + u64(quad * u32(16)), word_of(o0), word_of(o1), word_of(o2), word_of(o3))
-                        if quad == u32(0):
-                            ptx.stg4(to_part + u64(4 * d), word_of(top), word_of(mass), u32(0), u32(0))
-                if not whole:
-                    cuda.syncthreads()
-                    first_worker = worker_of(origin, quotient, remainder)
-                    last_worker = worker_of(u32(origin + u32(pages - u32(1))), quotient, remainder)
-                    counter = ptx.address(counters) + u64(u32(sequence * kv_heads + head)) * u64(4)
-                    flag = words + u32(8 * warps + 20)
                     if thread == u32(0):
-                        # released and acquired for the whole block: barriers on both sides
-                        ptx.sts1(flag, ptx.atomic_inc(counter))
-                    cuda.syncthreads()
-                    if ptx.lds1(flag) == u32(last_worker - first_worker):
-                        for item in range(thread, u32(group * quads), u32(threads)):
-                            r, quad = u32(u32(item) // u32(quads)), u32(u32(item) % u32(quads))
-                            o0, o1, o2, o3, mass, top = merge_rows(
-                                quad, r, first_worker, last_worker, partials, quotient, remainder, origin, extra
-                            )
-                            write_row(out, lse, u32(row + r), quad, mass, o0, o1, o2, o3, top)
-                        if thread == u32(0):
-                            ptx.stg1(counter, u32(0))  # ready for the next launch
-                cuda.syncthreads()  # the rows and the flag may be written again
-                unit, page, side, origin = stop, u32(0), u32(1), u32(origin + u32(pages + extra))
-                if unit < end:
-                    sequence, head, page, pages, line = skip(
-                        sequence, head, u32(pages - u32(1)), pages, line, u32(1), lengths, slots, window, width, kv_heads
-                    )
+                        ptx.stg1(counter, u32(0))  # ready for the next launch
+            cuda.syncthreads()  # the rows and the flag may be written again
+            unit, page, side, origin = stop, u32(0), u32(1), u32(origin + u32(pages + extra))
+            if unit < end:
+                sequence, head, page, pages, line = skip(
+                    sequence, head, u32(pages - u32(1)), pages, line, u32(1), lengths, slots, window, width, kv_heads
+                )
 
     residents = 2 if ring.total <= SHARED_HALF else 1
     return Program(kernel, SIGNATURE, threads, ring.total, overlap=overlap, residents=residents)
