@@ -89,9 +89,10 @@ def surface(
 ) -> Surface:
     """The predicted surface (`prediction`): affine because predicted times add.
 
-    A prediction knows kernels, not all that a server does. The steps and prefills of a server under random arrivals
-    (``data/benchmarks/serve_arrivals_h200.json``) took longer, why is not known yet: latencies by this surface are a lower
-    bound, and comparing formats is what it is for. `measured_surface` has no such gap.
+    A prediction knows kernels, not all that a server does. The steps of a server under random arrivals
+    (``data/benchmarks/serve_arrivals_h200.json``) took half as long again, mostly for zeros of rows without a sequence,
+    which have become faster since; its prefills took a fifth longer. Latencies by this surface are a lower bound, and
+    comparing formats is what it is for. `measured_surface` has no such gap.
 
     ``memory`` in bytes emulates a smaller card; ``most`` is how many sequences run at once even if more fit. ValueError if
     the weights leave no room.
