@@ -356,10 +356,11 @@ class Engine:
             found.append(ids)
             spoilt.append(bad)
             batch = batch.next()
+        both = torch.stack(found), torch.stack(spoilt)
         self.attend.advance(replace(first, counts=[steps] * len(starts)))
         for sequence in sequences:
             self.lengths[sequence] += steps
-        return torch.stack(found), torch.stack(spoilt)
+        return both
 
     def _captured(self, count: int) -> Step:
         """The captured step for at least ``count`` sequences."""

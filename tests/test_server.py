@@ -7,6 +7,7 @@ import torch
 
 from qoqlab import quantize, runtime
 from qoqlab.sampling import Sampling
+from qoqlab.serve import server as module
 from qoqlab.serve.requests import Finish, Request
 from qoqlab.serve.scheduler import Policy
 from qoqlab.serve.server import Server, Turn
@@ -179,6 +180,44 @@ def test_a_prompt_that_raises_ends_alone(quantized, expected):
         assert broken.finish is Finish.ERROR and broken.error == "RuntimeError: out of luck" and not broken.tokens
         assert (first.tokens, third.tokens) == (expected[0], expected[1])
         assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
+
+
+def test_a_choice_that_raises_ends_only_whose_it_is(quantized, expected, monkeypatch):
+    """Of a prompt's first token, after the engine has taken the prompt in: of the second of three, in a step of its own and
+    in one of all."""
+    choose = module.choose
+
+    def raises(logits, draws, positions):
+        if len(PROMPTS[2]) in positions.tolist():
+            raise RuntimeError("out of memory")
+        return choose(logits, draws, positions)
+
+    monkeypatch.setattr(module, "choose", raises)
+    for budget in (1, 8192):
+        server = Server(engine_of(quantized), budget=budget)
+        first, broken, third = server.run([Request(PROMPTS[i], 9) for i in (0, 2, 1)])
+        assert broken.finish is Finish.ERROR and broken.error == "RuntimeError: out of memory" and not broken.tokens
+        assert (first.tokens, third.tokens) == (expected[0], expected[1])
+        assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
+
+
+@pytest.mark.parametrize("at", range(2, 5))
+def test_steps_whose_tokens_cannot_be_fetched_are_not_taken_twice(quantized, expected, monkeypatch, at):
+    """The engine is some tokens further than anybody knows: the request ends instead of going on behind a gap."""
+    calls, of = [], Turn.of
+
+    def raises(*found):
+        calls.append(found)
+        if len(calls) == at:
+            raise RuntimeError("no pinned memory")
+        return of(*found)
+
+    monkeypatch.setattr(Turn, "of", raises)
+    server = Server(engine_of(quantized), ahead=3)
+    (broken,) = server.run([Request(PROMPTS[0], 9)])
+    assert broken.finish is Finish.ERROR and broken.error == "RuntimeError: no pinned memory"
+    assert broken.tokens == expected[0][: 1 + 3 * (at - 2)]
+    assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
 
 
 def test_who_comes_during_a_turn_is_taken_in_after_it(quantized, expected):

@@ -240,15 +240,18 @@ class Server:
         """Give the device prompts: the first token of each. Of a request that is fed again after a preemption it is one that
         nobody asks for."""
         progress = [self.requests[number] for number in numbers]
+        sequences: list[int] = []
         try:
             sequences, logits = self.engine.prefill([p.request.prompt for p in progress])
+            draws = draws_of([p.request.sampling for p in progress], self.engine.vocabulary, self.engine.device)
+            places = sent([len(p.request.prompt) + len(p.tokens) for p in progress], self.engine.device)
+            tokens, spoilt = choose(logits, draws, places)
+            turn = Turn.of(numbers, tokens[None], spoilt[None])
         except Exception as error:
+            self.engine.free(sequences)
             return self._apart(numbers, error, self._take_in)
         self._sequences |= dict(zip(numbers, sequences, strict=True))
-        draws = draws_of([p.request.sampling for p in progress], self.engine.vocabulary, self.engine.device)
-        places = sent([len(p.request.prompt) + len(p.tokens) for p in progress], self.engine.device)
-        tokens, spoilt = choose(logits, draws, places)
-        return Turn.of(numbers, tokens[None], spoilt[None])
+        return turn
 
     def _decode(self, numbers: tuple[int, ...], repeat: int = 1) -> Turn | Apart:
         """Give the device steps of requests whose last tokens are known; one step, if each has to be computed by itself."""
@@ -258,12 +261,19 @@ class Server:
         except Exception as error:
             return self._apart(numbers, error, self._decode)
 
-    def _steps(self, numbers: tuple[int, ...], repeat: int, inputs: torch.Tensor) -> Turn:
-        """Give the device steps in a row; the first takes ``inputs`` in. Raises as the engine does."""
+    def _steps(self, numbers: tuple[int, ...], repeat: int, inputs: torch.Tensor) -> Turn | Apart:
+        """Give the device steps in a row; the first takes ``inputs`` in. Raises as the engine does. Where their tokens
+        cannot be fetched, the requests end: the engine has taken the steps and cannot take them again."""
         sequences = [self._sequences[number] for number in numbers]
         samplings = [self.requests[number].request.sampling for number in numbers]
         nearly = torch.cuda.Event() if self.engine.device.type == "cuda" else None
-        return Turn.of(numbers, *self.engine.decode_ahead(sequences, inputs, repeat, samplings, nearly), nearly)
+        tokens, spoilt = self.engine.decode_ahead(sequences, inputs, repeat, samplings, nearly)
+        try:
+            return Turn.of(numbers, tokens, spoilt, nearly)
+        except Exception as error:
+            if not self.engine.alone:
+                raise
+            return Apart({number: [Failure(f"{type(error).__name__}: {error}")] for number in numbers})
 
     def _apart(self, numbers: tuple[int, ...], error: Exception, way: Callable[[tuple[int, ...]], Turn | Apart]) -> Apart:
         """Requests whose part of a step has failed, each by itself, so that one's fault is its own. The engine has not kept
