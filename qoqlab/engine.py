@@ -214,6 +214,11 @@ class Engine:
         return self.network.embedding.device
 
     @property
+    def early(self) -> bool:
+        """Whether its calls return before the device has done their work."""
+        return self.alone and self.device.type == "cuda"
+
+    @property
     def pages(self) -> int:
         """Pages of its cache."""
         return self.attend.shape.pages

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qoqlab import quantize, runtime
+from qoqlab.engine import Engine
 from qoqlab.sampling import Sampling
 from qoqlab.serve import server as module
 from qoqlab.serve.requests import Finish, Request
@@ -218,6 +219,21 @@ def test_steps_whose_tokens_cannot_be_fetched_are_not_taken_twice(quantized, exp
     assert broken.finish is Finish.ERROR and broken.error == "RuntimeError: no pinned memory"
     assert broken.tokens == expected[0][: 1 + 3 * (at - 2)]
     assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
+
+
+def test_nothing_is_given_early_where_the_engine_itself_waits(quantized, expected, monkeypatch):
+    """By default. On the CPU the turn after a stop token's would only hold its tokens up."""
+    for early in (False, True):
+        if early:
+            monkeypatch.setattr(Engine, "early", True)  # as on a GPU
+        engine = engine_of(quantized)
+        step, steps, heard = engine.attend.step, [], []
+        engine.attend.step = lambda layer, *a, step=step, steps=steps: steps.append(layer) or step(layer, *a)
+        stop = expected[0][2]
+        request = Request(PROMPTS[0], 9, stop={stop}, on_token=lambda *_, s=steps, h=heard: h.append(s.count(0)))
+        (found,) = Server(engine, ahead=3, overlap=None).run([request])
+        assert found.tokens == expected[0][: expected[0].index(stop) + 1] and heard[0] == 0
+        assert heard[2] == steps.count(0) == (6 if early else 3)
 
 
 def test_who_comes_during_a_turn_is_taken_in_after_it(quantized, expected):

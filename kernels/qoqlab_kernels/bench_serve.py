@@ -140,7 +140,7 @@ def requests_of(job: Round, vocabulary: int) -> list[Request]:
     return [Request(tuple(prompt), job.output) for prompt in prompts]
 
 
-def serve_round(engine: Engine, job: Round, overlap: bool = True) -> dict[str, Any]:
+def serve_round(engine: Engine, job: Round, overlap: bool | None = None) -> dict[str, Any]:
     """A round through the server. Raises `measure.WrongResult` where a request did not get its tokens."""
     together = min(job.batch, max(1, PREFILL // job.prompt))
     for warm in (Round(together, job.prompt, 1), Round(job.batch, min(job.prompt, 64), 3)):  # of a prefill, and of the step
@@ -183,7 +183,7 @@ def arriving(job: Round, rate: float, count: int, vocabulary: int, seed: int = 0
     ]
 
 
-def serve_arrivals(engine: Engine, job: Round, rate: float, count: int, overlap: bool = True) -> dict[str, Any]:
+def serve_arrivals(engine: Engine, job: Round, rate: float, count: int, overlap: bool | None = None) -> dict[str, Any]:
     """Requests through the server as they arrive. Raises `measure.WrongResult` where one did not get its tokens."""
     for size in sorted({step_size(n) for n in range(1, job.batch + 1)}):  # compiles, and captures all steps
         warm = Round(min(size, job.batch), min(job.prompt, 64), 3)
@@ -277,6 +277,7 @@ def measured(
     batches = batches_of(model, precision, known, ranks)
     forget()
     network = None if precision in torch_model.PRODUCTS else random_network(model, precision)
+    overlap = network is not None and (ranks is None if known.overlap is None else known.overlap)  # as `Server` has it
     for batch in batches:
         job = Round(batch, known.prompt, known.output)
         forget()
@@ -284,7 +285,7 @@ def measured(
         if known.arrivals:
             assert network is not None  # options has seen to it
             engine = engine_of(model, network, job)
-            served = serve_arrivals(engine, job, known.arrivals, known.requests, known.overlap)
+            served = serve_arrivals(engine, job, known.arrivals, known.requests, overlap)
             yield {
                 "op": "serve_arrivals",
                 "model": model.name.lower(),
@@ -293,7 +294,7 @@ def measured(
                 "prompt": known.prompt,
                 "output": known.output,
                 "rate": known.arrivals,
-                "overlap": known.overlap,
+                "overlap": overlap,
                 "tokens_per_s": sum(r["output"] for r in served["requests"]) / served["seconds"],
                 **served,
             }
@@ -302,7 +303,7 @@ def measured(
             times = torch_round(model, precision, job)
         else:
             engine = engine_of(model, network, job, ranks)
-            times = serve_round(engine, job, known.overlap)
+            times = serve_round(engine, job, overlap)
             del engine
         planned = planner.memory(model, scheme, batch, known.prompt + known.output, PREFILL, ranks is not None)
         serving = roofline.Serving(batch, known.prompt, known.output)
@@ -317,7 +318,7 @@ def measured(
             "layers": model.layers,
             "gpus": 1 if ranks is None else ranks.size,
             "budget_gb": known.budget_gb,
-            "overlap": known.overlap and network is not None,
+            "overlap": overlap,
             "tokens_per_s": batch * known.output / times["seconds"],
             "predicted_tokens_per_s": prediction.throughput(model, serving, scheme, gpu, system) if gpu and system else None,
             "bound_tokens_per_s": roofline.throughput(model, serving, scheme, gpu) if gpu else None,
@@ -350,8 +351,7 @@ def options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Geometry
     parser.add_argument(
         "--overlap",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="give the GPU its next turn before this one's tokens are read",
+        help="give the GPU its next turn before this one's tokens are read (default: on one GPU)",
     )
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")

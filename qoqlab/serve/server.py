@@ -84,7 +84,9 @@ class Server:
     Python's work is shared among them; tokens are handed out in turns of so many, a new request waits for the end of a turn,
     and what follows a stop token in its turn is computed for nothing. ``overlap``: the device is given the next turn, or
     the next prompts, before the host has looked at the tokens of this one, where they cannot change who is in it, so that it
-    need not wait for Python; a stop token then costs the next turn too.
+    need not wait for Python; a stop token then costs the next turn too. None: where it gains something, on a GPU by itself.
+    On the CPU, and where several processes wait for each other, a call of the engine returns when its work is done; there
+    tokens would only come later.
 
     A request's tokens are a function of its logits, and on the CPU these do not depend on what else is served. On a GPU they
     may in their last bits: attention adds up a long context's parts in an order that depends on the batch, and so does
@@ -103,7 +105,7 @@ class Server:
         budget: int = 8192,
         ahead: int = 8,
         clock: Callable[[], float] = time.perf_counter,
-        overlap: bool = True,
+        overlap: bool | None = None,
     ) -> None:
         if engine.lengths:
             raise ValueError(f"engine: {len(engine.lengths)} sequences are open in it; a server needs all of its cache")
@@ -116,7 +118,7 @@ class Server:
         self._sequences: dict[int, int] = {}  # the engine's, of running requests
         self._coming: deque[Request] = deque()  # of `run`, and those of them that have arrived
         self._arrived: list[Progress] = []
-        self._overlap = overlap
+        self._overlap = engine.early if overlap is None else overlap
         self._next: tuple[Step, Turn | Apart] | None = None  # under way, and not looked at
 
     @property
