@@ -310,6 +310,19 @@ def test_a_listener_may_have_the_server_forget(quantized, expected, ahead):
     assert not [p for p in server.requests.values() if p.finish is None]
 
 
+def test_a_run_inside_another_loses_none_of_its_requests(quantized, expected):
+    """A listener that has something else served first; a request of the outer `run` comes later."""
+    server, inner = Server(engine_of(quantized)), []
+
+    def listen(number, token):
+        if not inner:
+            inner.append(None)
+            inner[:] = server.run([Request(PROMPTS[3], 4)])
+
+    outer = server.run([Request(PROMPTS[0], 9, on_token=listen), Request(PROMPTS[2], 9, arrival=0.2)])
+    assert [p.tokens for p in outer] == [expected[0], expected[2]] and [p.tokens for p in inner] == [expected[3][:4]]
+
+
 @pytest.mark.parametrize("ahead", [1, 8])
 def test_who_listens_may_cancel_in_the_middle_of_a_turn(quantized, expected, ahead):
     """Its own request, and that of another listener: no token after that is kept, or told."""

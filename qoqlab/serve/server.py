@@ -162,6 +162,7 @@ class Server:
         requests = list(requests)
         for request in requests:
             self.check(request)
+        before = self._coming, self._arrived  # of a `run` that waits for this one, which a listener has called
         self._coming, self._arrived = deque(sorted(requests, key=lambda r: r.arrival)), []
         try:
             while self._coming or not self.idle:
@@ -170,7 +171,7 @@ class Server:
                     time.sleep(min(0.01, max(0.0, self._coming[0].arrival - self.now())))
             return self._arrived
         finally:
-            self._coming, self._arrived = deque(), []
+            self._coming, self._arrived = before
 
     def _arrive(self) -> None:
         """Submit the requests of `run` that have arrived."""
