@@ -87,6 +87,24 @@ def test_nothing_leaks_nobody_starves_and_results_do_not_depend_on_company(
             assert (progress.tokens, progress.finish) == (only.tokens, only.finish)
 
 
+def test_prompts_are_followed_by_those_that_had_come_before_them():
+    """Not by who comes while they are taken in, as then nobody would ever decode; and where every step decodes by none."""
+    scheduler = Scheduler(Limits(3, 12, 12, PAGE, budget=1))
+    for _ in range(2):
+        scheduler.submit(Request((1, 2), 4))
+    steps = [scheduler.plan()]
+    scheduler.submit(Request((1, 2), 4))
+    steps.append(scheduler.follow(steps[0], 8))
+    assert steps == [Step(prefill=(0,)), Step(prefill=(1,))] and scheduler.follow(steps[1], 8) is None
+    for step in steps:
+        scheduler.complete(step, {step.prefill[0]: [5]})
+    assert scheduler.plan(8) == Step(decode=(0, 1))
+    scheduler = Scheduler(Limits(3, 12, 12, PAGE, budget=1), Policy.BUDGET)
+    for _ in range(2):
+        scheduler.submit(Request((1, 2), 4))
+    assert scheduler.follow(scheduler.plan(), 8) is None
+
+
 def test_the_last_comer_is_preempted_and_computed_again():
     scheduler = Scheduler(Limits(2, 3, 12, PAGE))
     first, second = (scheduler.submit(Request((1, 2, 3), 8)) for _ in range(2))

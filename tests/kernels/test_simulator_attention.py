@@ -119,6 +119,11 @@ def test_more_sequences_than_threads(simulator: Simulator) -> None:
     check(simulator, ALONE | {"blocks": 3}, form(64, 1), lengths)
 
 
+def test_zeros_of_empty_sequences_go_to_their_own_rows(simulator: Simulator) -> None:
+    """Amid others and behind them, more heads than one; two of them to the same block."""
+    check(simulator, ALONE | {"blocks": 2}, form(64, 2), [5, 0, 9, 0], kv_heads=2)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("weight", "lengths", "kv_heads"), [(2, [16, 0, 50, 33], 1), (1, [0, 50, 5], 2)], ids=["one head", "two heads"]
