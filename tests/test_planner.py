@@ -49,9 +49,9 @@ def test_planned_bytes_are_within_3_per_cent_of_what_gpus_allocated():
     assert len(found) >= 40
     beyond = set()
     for key, total, row in found:
-        # the planner of the records of several GPUs did not count the sums that they exchange
+        # an earlier planner did not count the sums that several GPUs exchange
         sums = 4 * 8192 * NAMES[row["model"]].hidden if row.get("gpus", 1) > 1 else 0
-        assert total - sums == row["planned_bytes"], f"{key}: the record is of another planner"
+        assert row["planned_bytes"] in (total, total - sums), f"{key}: the record is of another planner"
         error = total / row["allocated_bytes"] - 1
         if abs(error) > 0.03:
             beyond.add(key)

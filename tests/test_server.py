@@ -101,7 +101,7 @@ def test_bad_requests_are_refused_and_nothing_changes(quantized):
         Server(engine)
 
 
-@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize("at", range(1, 6))
 def test_cancelled_at_every_step(quantized, expected, at):
     server = Server(engine_of(quantized, pages=3), ahead=1)
     numbers = [server.submit(Request(PROMPTS[i], 9)) for i in (0, 2, 2)]
@@ -162,7 +162,7 @@ def test_the_device_has_what_comes_next_before_tokens_are_read(quantized, expect
     assert [p.tokens for p in found] == [expected[0], expected[2]]
     early = ["prompt", "prompt", "read", "read", "steps", "steps", "read", "steps", "read", "read"]
     assert order == (early if overlap else ["prompt", "read"] * 2 + ["steps", "read"] * 3), "8 tokens after the first"
-    assert [row["repeat"] for row in server.steps] == [1, 1, 3, 3, 2] and server._next is None
+    assert [row["repeat"] for row in server.steps] == [1, 1, 3, 3, 2] and not server._given
 
 
 def test_a_prompt_that_raises_ends_alone(quantized, expected):
@@ -310,17 +310,68 @@ def test_a_listener_may_have_the_server_forget(quantized, expected, ahead):
     assert not [p for p in server.requests.values() if p.finish is None]
 
 
-def test_a_run_inside_another_loses_none_of_its_requests(quantized, expected):
-    """A listener that has something else served first; a request of the outer `run` comes later."""
-    server, inner = Server(engine_of(quantized)), []
+@pytest.mark.parametrize("what", ["run", "step"])
+def test_a_listener_cannot_serve(quantized, expected, what):
+    """In the middle of a turn the engine is ahead of the tokens. It may submit."""
+    server, more = Server(engine_of(quantized), ahead=3), []
 
-    def listen(number, token):
-        if not inner:
-            inner.append(None)
-            inner[:] = server.run([Request(PROMPTS[3], 4)])
+    def submits(number, token):
+        if not more:
+            more.append(server.submit(Request(PROMPTS[3], 4)))
 
-    outer = server.run([Request(PROMPTS[0], 9, on_token=listen), Request(PROMPTS[2], 9, arrival=0.2)])
-    assert [p.tokens for p in outer] == [expected[0], expected[2]] and [p.tokens for p in inner] == [expected[3][:4]]
+    serving = Request(PROMPTS[0], 9, on_token=lambda *_: getattr(server, what)())
+    refused, other = server.run([serving, Request(PROMPTS[2], 9, on_token=submits)])
+    assert refused.finish is Finish.ERROR and "RuntimeError: run, step: a listener" in refused.error
+    assert other.tokens == expected[2] and server.requests[more[0]].tokens == expected[3][:4]
+    (after,) = server.run([Request(PROMPTS[0], 9)])
+    assert after.tokens == expected[0]
+
+
+@pytest.mark.parametrize("policy", Policy)
+@pytest.mark.parametrize("at", range(1, 6))
+def test_whoever_interrupts_the_wait_for_tokens_may_go_on(quantized, expected, monkeypatch, policy, at):
+    """Ctrl-C while the host waits: no token is lost, no step taken twice."""
+    read, calls = Turn.results, []
+
+    def interrupted(turn):
+        calls.append(turn)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return read(turn)
+
+    monkeypatch.setattr(Turn, "results", interrupted)
+    server = Server(engine_of(quantized), policy, budget=1, ahead=3)
+    numbers = [server.submit(Request(PROMPTS[i], 9)) for i in (0, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        while not server.idle:
+            server.step()
+    server.run()
+    assert [server.requests[n].tokens for n in numbers] == [expected[0], expected[2]]
+    assert server.engine.attend.cache.free_pages == server.engine.pages and not server.engine.lengths
+
+
+def test_cancelled_from_outside_leaves_nothing_to_do(quantized):
+    server = Server(engine_of(quantized), ahead=3)
+    number = server.submit(Request(PROMPTS[0], 9))
+    server.step()
+    server.step()
+    assert server.cancel(number) and server.idle and not server.step() and not server._given
+
+
+def test_steps_that_fail_are_the_others_error_too(quantized):
+    """Where other processes take part, nothing may be tried again by this one alone, given early or not."""
+    server = Server(engine_of(quantized), ahead=3)
+    steps, calls = server._steps, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return steps(*arguments)
+
+    server._steps, server.engine.alone = fails, False
+    with pytest.raises(RuntimeError, match="out of luck"):
+        server.run([Request(PROMPTS[0], 9)])
 
 
 @pytest.mark.parametrize("ahead", [1, 8])

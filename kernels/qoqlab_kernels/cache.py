@@ -156,10 +156,14 @@ class PagedKV:
         if not taken:
             return
         places = [(s, len(self._held[s]) + i) for s, count in wanted.items() for i in range(count)]
+        try:
+            rows, columns, pages = sent([(*place, page) for place, page in zip(places, taken, strict=True)], self.device).T
+            self.tables[rows, columns] = pages.int()
+        except BaseException:
+            self.allocator.drop(taken)  # no sequence holds them
+            raise
         for (sequence, _), page in zip(places, taken, strict=True):
             self._held[sequence].append(page)
-        rows, columns, pages = sent([(*place, page) for place, page in zip(places, taken, strict=True)], self.device).T
-        self.tables[rows, columns] = pages.int()
 
     def advance(self, sequences: Sequence[int], tokens: int = 1) -> None:
         """Tell the host that a replayed graph has appended ``tokens`` tokens to every layer of these sequences; the device's

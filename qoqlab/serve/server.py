@@ -119,7 +119,8 @@ class Server:
         self._coming: deque[Request] = deque()  # of `run`, and those of them that have arrived
         self._arrived: list[Progress] = []
         self._overlap = engine.early if overlap is None else overlap
-        self._next: tuple[Step, Turn | Apart] | None = None  # under way, and not looked at
+        self._given: deque[tuple[Step, list[Turn | Apart]]] = deque()  # what the device has, and what is not read yet
+        self._telling = False
 
     @property
     def idle(self) -> bool:
@@ -154,6 +155,7 @@ class Server:
         done = self.scheduler.cancel(progress)
         if done:
             self._close(progress)
+            self._drop_ended()
         return done
 
     def run(self, requests: Iterable[Request] = ()) -> list[Progress]:
@@ -162,7 +164,7 @@ class Server:
         requests = list(requests)
         for request in requests:
             self.check(request)
-        before = self._coming, self._arrived  # of a `run` that waits for this one, which a listener has called
+        self._refuse_listeners()
         self._coming, self._arrived = deque(sorted(requests, key=lambda r: r.arrival)), []
         try:
             while self._coming or not self.idle:
@@ -171,7 +173,7 @@ class Server:
                     time.sleep(min(0.01, max(0.0, self._coming[0].arrival - self.now())))
             return self._arrived
         finally:
-            self._coming, self._arrived = before
+            self._coming, self._arrived = deque(), []
 
     def _arrive(self) -> None:
         """Submit the requests of `run` that have arrived."""
@@ -180,22 +182,27 @@ class Server:
             self._arrived.append(self.requests[self.submit(self._coming.popleft())])
 
     def step(self) -> bool:
-        """One step, or turn of them, if there is anything to do."""
+        """One step, or turn of them, if there is anything to do. Raises RuntimeError where a listener calls it."""
+        self._refuse_listeners()
         start = self.now()
-        step = self.scheduler.plan(self.ahead) if self._next is None else self._next[0]
-        if step is None:
-            return False
-        for number in step.preempted:
-            self._free(number)
+        if not self._given:
+            planned_step = self.scheduler.plan(self.ahead)
+            if planned_step is None:
+                return False
+            for number in planned_step.preempted:
+                self._free(number)
+            self._given.append((planned_step, self._give(planned_step)))
+        step, turns = self._given[0]
         planned = self.now()
-        results: Results = {}
         cached = sum(self.requests[number].cached for number in step.decode if number in self.requests)
         prompts = sum(len(self.requests[number].request.prompt) for number in step.prefill if number in self.requests)
-        if step.prefill:
-            results |= self._take_in(step.prefill).results() if step.decode else self._results(step)
+        if self._overlap and len(self._given) == 1 and len(turns) == 1 and isinstance(turns[0], Turn):
+            self._follow(step, turns[0])
+        results: Results = turns[0].results() if step.prefill else {}
         prefilled = self.now()
         if step.decode:
-            results |= self._results(step)
+            results |= turns[-1].results()
+        self._given.popleft()  # not before all is read: whoever interrupts the wait may go on with `step`
         decoded = self.now()
         self._finish(step, results)
         row: dict[str, float] = {
@@ -209,35 +216,36 @@ class Server:
         self.steps.append(row | {"other_s": self.now() - start - (decoded - planned)})
         return True
 
-    def _results(self, step: Step) -> Results:
-        """What a step's decodes, or its prompts alone, bring. What follows is the device's before their tokens are read."""
-        if self._next is not None:
-            (_, turn), self._next = self._next, None
-        else:
-            turn = self._decode(step.decode, step.repeat) if step.decode else self._take_in(step.prefill)
-        if self._overlap and isinstance(turn, Turn) and not (step.prefill and step.decode):
-            self._next = self._follow(step, turn)
-        return turn.results()
+    def _refuse_listeners(self) -> None:
+        if self._telling:
+            raise RuntimeError(
+                "run, step: a listener was told a token of a step that is not finished; submit requests instead"
+            )
 
-    def _follow(self, step: Step, turn: Turn) -> tuple[Step, Turn | Apart] | None:
-        """What comes after a step that is under way, if its tokens cannot change who is in it. Of a turn only the last step
-        is left then: a request that has come meanwhile is looked at before the next turn is the device's."""
+    def _give(self, step: Step) -> list[Turn | Apart]:
+        """Give the device a step: its prompts, then its decodes."""
+        turns = [self._take_in(step.prefill)] if step.prefill else []
+        return turns + ([self._decode(step.decode, step.repeat)] if step.decode else [])
+
+    def _follow(self, step: Step, turn: Turn) -> None:
+        """Give the device what comes after a step that is under way, if its tokens cannot change who is in it. Of a turn
+        only the last step is left then: a request that has come meanwhile is looked at first."""
         if turn.nearly is not None:
             turn.nearly.synchronize()
         self._arrive()
         coming = self.scheduler.follow(step, self.ahead)
         if coming is None:
-            return None
+            return
         if coming.prefill:
-            return coming, self._take_in(coming.prefill)
+            self._given.append((coming, [self._take_in(coming.prefill)]))
+            return
         places = {number: row for row, number in enumerate(turn.numbers)}
         rows = sent([places[number] for number in coming.decode], turn.tokens.device)
         try:
-            return coming, self._steps(coming.decode, coming.repeat, turn.tokens[-1][rows])
+            self._given.append((coming, [self._steps(coming.decode, coming.repeat, turn.tokens[-1][rows])]))
         except Exception:
             if not self.engine.alone:
-                raise
-            return None  # it is planned again, and fails again, once this one's tokens are known
+                raise  # otherwise it is planned again, and fails again, once this one's tokens are known
 
     def _take_in(self, numbers: tuple[int, ...]) -> Turn | Apart:
         """Give the device prompts: the first token of each. Of a request that is fed again after a preemption it is one that
@@ -306,8 +314,13 @@ class Server:
                 progress.first = self.now()
         for progress in ended:
             self._close(progress)
-        if self._next is not None and all(self._ended(number) for number in self._next[1].numbers):
-            self._next = None  # nobody is left to read it
+        self._drop_ended()
+
+    def _drop_ended(self) -> None:
+        """Forget what the device has been given for requests that have all ended: nobody is left to read it."""
+        self._given = deque(
+            pair for pair in self._given if not all(self._ended(n) for turn in pair[1] for n in turn.numbers)
+        )
 
     def _ended(self, number: int) -> bool:
         """Whether a request has ended, and may be forgotten."""
@@ -317,6 +330,7 @@ class Server:
         """A request's last token to its listener; one that raises ends the request."""
         if progress.first is None:
             progress.first = self.now()
+        self._telling = True
         try:
             assert progress.request.on_token is not None
             progress.request.on_token(progress.number, progress.tokens[-1])
@@ -325,6 +339,8 @@ class Server:
             if self.scheduler.cancel(progress):
                 ended.append(progress)
             progress.finish = Finish.ERROR
+        finally:
+            self._telling = False
 
     def _free(self, number: int) -> None:
         sequence = self._sequences.pop(number, None)
