@@ -154,7 +154,7 @@ def gaps(planted, windows) -> dict[str, float]:
     calibration, test = windows
     exact = qoqlab.perplexity(planted, test)
     names = ["rtn-w8a8", "rtn-w4a8kv4-g128", "qoq-g128"]
-    results = {name: qoqlab.quantize(planted, name, calibration, progress=False) for name in names}
+    results = {name: qoqlab.quantize(planted, name, calibration, progress=False, report=False) for name in names}
     return {name: qoqlab.perplexity(result, test) - exact for name, result in results.items()}
 
 

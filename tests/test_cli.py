@@ -327,8 +327,8 @@ def test_a_killed_quantize_continues(place: Path, tmp_path: Path) -> None:
     assert not out.exists()
     finished = len(list(run.glob("block-*")))
     assert 1 <= finished < 3
-    again = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
-    assert f"Continuing after {finished} finished blocks." in again.stderr
+    again = invoke(*arguments)
+    assert again.exit_code == 0 and f"Continuing after {finished} finished blocks." in again.stderr, again.output
     ours, theirs = qoqlab.load(out).model.state_dict(), qoqlab.load(place / "quantised").model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
     assert not run.exists()

@@ -15,9 +15,9 @@ def page(tmp_path_factory):
     """Output text and HTML of a short tour."""
     folder = tmp_path_factory.mktemp("tour")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tour, "LENGTH", 128)
-        patch.setattr(tour, "CALIBRATION_WINDOWS", 4)
-        patch.setattr(tour, "TEST_WINDOWS", 8)
+        patch.setattr(tour, "LENGTH", 64)
+        patch.setattr(tour, "CALIBRATION_WINDOWS", 2)
+        patch.setattr(tour, "TEST_WINDOWS", 2)
         patch.setattr(tour, "tour_recipes", lambda: [recipes.get(n) for n in ("fp16", "rtn-w4a8kv4-g128", "qoq-g128")])
         assert tour.main(["--out", str(folder / "deep" / "tour.html")]) == 0
     return (folder / "deep" / "tour.html").read_text()
