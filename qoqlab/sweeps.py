@@ -16,7 +16,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -33,6 +33,8 @@ Outcomes = Generator[tuple[str, dict[str, Any]], None, None]
 OUTCOME = ("seconds", "error", "traceback")
 #: Column of a plain number that a function returns.
 RESULT = "result"
+#: Seconds after which a Dask cluster without a worker is given up.
+WORKERLESS_S = 60.0
 
 
 class Backend(Enum):
@@ -278,7 +280,7 @@ def _alone(function: Function, key: str, settings: Settings) -> tuple[str, dict[
 
 def _on_dask(function: Function, left: list[tuple[str, Settings]], address: str | None) -> Outcomes:
     try:
-        from distributed import Client, KilledWorker, as_completed
+        from distributed import Client, KilledWorker
     except ImportError:
         raise ImportError('backend: "dask" needs Dask; pip install "qoqlab[cluster]"') from None
 
@@ -296,7 +298,7 @@ def _on_dask(function: Function, left: list[tuple[str, Settings]], address: str 
         for batch in rounds:
             waiting = {client.submit(_attempt, function, *point, pure=False): point for point in batch}
             try:
-                for future in as_completed(waiting):
+                for future in _as_done(client, waiting):
                     try:
                         yield future.result()
                     except KilledWorker as error:
@@ -306,6 +308,26 @@ def _on_dask(function: Function, left: list[tuple[str, Settings]], address: str 
                             yield waiting[future][0], _failure(error, float("nan"))
             finally:  # a study that is interrupted leaves no work on the cluster
                 client.cancel(list(waiting))
+
+
+def _as_done(client: Any, futures: Iterable[Any]) -> Iterator[Any]:
+    """Futures of Dask as they are done. Raises RuntimeError where the cluster has had no worker for `WORKERLESS_S`: none may
+    ever come, and Dask would wait for it."""
+    from distributed import as_completed
+
+    left, without = set(futures), 0
+    while left:
+        try:
+            for future in as_completed(list(left), timeout=WORKERLESS_S / 2):
+                left.discard(future)
+                yield future
+        except TimeoutError:
+            without = 0 if client.scheduler_info()["workers"] else without + 1
+            if without == 2:
+                raise RuntimeError(
+                    f"address: {client.scheduler.address} has had no worker for {WORKERLESS_S:g} s, and {len(left)} points "
+                    "are left; those that are done are kept"
+                ) from None
 
 
 def _on_ray(function: Function, left: list[tuple[str, Settings]], address: str | None) -> Outcomes:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -411,6 +412,29 @@ def test_dask_with_a_point_that_ends_its_workers(workers: int, tmp_path: Path) -
         before = calls()
         (tmp_path / "calls" / "mended").touch()
         assert study().square.tolist() == [4, 9, 16] and calls() == sorted([*before, 3])
+
+
+def test_dask_whose_workers_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that says so, after a while, and no wait for ever; what was done is kept."""
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed")
+    monkeypatch.setattr("qoqlab.sweeps.WORKERLESS_S", 2.0)
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+    with distributed.LocalCluster(**options, silence_logs=logging.CRITICAL) as cluster:
+
+        def gone() -> None:
+            cluster.scale(0)
+
+        def slow(x: int) -> int:
+            time.sleep(60 * (x - 1))
+            return x
+
+        timer = threading.Timer(2.0, gone)
+        timer.start()
+        with pytest.raises(RuntimeError, match="has had no worker for 2 s, and 2 points are left"):
+            sweep({"x": [1, 2, 3]}, slow, "dask", cluster.scheduler_address, tmp_path / "study.jsonl", progress=False)
+        timer.join()
+    rows = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    assert [row["settings"] for row in rows if "settings" in row] == [{"x": 1}], rows
 
 
 def test_dask_without_a_scheduler() -> None:
