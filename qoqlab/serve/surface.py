@@ -91,8 +91,8 @@ def surface(
 
     A prediction knows kernels, not all that a server does. The steps of a server under random arrivals
     (``data/benchmarks/serve_arrivals_h200.json``) took half as long again, more than half of that for zeros of rows without
-    a sequence, which have become faster since; its prefills took a fifth longer. Latencies by this surface are a lower bound, and
-    comparing formats is what it is for. `measured_surface` has no such gap.
+    a sequence, which have become faster since; its prefills took a fifth longer. Latencies by this surface are a lower
+    bound, and comparing formats is what it is for. `measured_surface` has no such gap.
 
     ``memory`` in bytes emulates a smaller card; ``most`` is how many sequences run at once even if more fit. ValueError if
     the weights leave no room.
