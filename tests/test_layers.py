@@ -14,7 +14,7 @@ PACKAGE = ROOT / "qoqlab"
 
 #: Top to bottom. A module may import from every line above, and from names further left on its own line.
 LAYERS = [
-    ["grids", "checks", "tensorfile", "progress", "registration"],
+    ["grids", "checks", "tensorfile", "progress", "registration", "transfer"],
     ["affine", "packing"],
     ["progressive", "grouped", "kv", "hadamard", "transforms", "exact", "allocator"],
     ["reference", "paged", "arithmetic", "cached_attention"],
