@@ -42,9 +42,7 @@ grade: setup  ## check a submission: make grade NOTEBOOK=path/to/02_progressive_
 	$(BIN)/python -m qoqlab.classroom grade $(NOTEBOOK)
 
 # mypy, on one processor for a minute, runs beside the unit tests; its verdict comes after theirs
-test: setup  ## everything CI runs: lint, unit tests, doctests, notebooks
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: style  ## everything CI runs: lint, unit tests, doctests, notebooks
 	@mkdir -p build
 	$(BIN)/mypy >build/mypy.txt 2>&1 & types=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
@@ -52,9 +50,11 @@ test: setup  ## everything CI runs: lint, unit tests, doctests, notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -p no:doctest -o addopts= --nbval --nbval-current-env \
 	  --nbval-cell-timeout=120 --nbval-sanitize-with=notebooks/nbval_sanitize.cfg notebooks
 
-lint: setup  ## ruff and mypy
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style  ## ruff and mypy
 	$(BIN)/mypy
 
 refresh: setup  ## run all notebooks again and store their outputs
@@ -67,4 +67,4 @@ clean:  ## remove everything that make made
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
-.PHONY: setup tour lab app site student grade test lint refresh clean help
+.PHONY: setup tour lab app site student grade test style lint refresh clean help
