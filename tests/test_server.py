@@ -101,7 +101,7 @@ def test_bad_requests_are_refused_and_nothing_changes(quantized):
         Server(engine)
 
 
-@pytest.mark.parametrize("at", range(1, 6))
+@pytest.mark.parametrize("at", range(1, 7))
 def test_cancelled_at_every_step(quantized, expected, at):
     server = Server(engine_of(quantized, pages=3), ahead=1)
     numbers = [server.submit(Request(PROMPTS[i], 9)) for i in (0, 2, 2)]
@@ -250,6 +250,26 @@ def test_who_comes_during_a_turn_is_taken_in_after_it(quantized, expected):
         (True, 1),
         (False, 3),
     ]
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_seconds_are_those_of_prefill_and_of_decode(quantized, policy):
+    """By a clock that only the engine moves: 5 for prompts, 1 for a step. A step that does both has both."""
+    engine, ticks = engine_of(quantized), [0.0]
+    prefill, ahead = engine.prefill, engine.decode_ahead
+
+    def timed(call, seconds):
+        ticks[0] += seconds
+        return call()
+
+    engine.prefill = lambda prompts: timed(lambda: prefill(prompts), 5)
+    engine.decode_ahead = lambda s, t, steps, *rest: timed(lambda: ahead(s, t, steps, *rest), steps)
+    server = Server(engine, policy, budget=1, ahead=3, clock=lambda: ticks[0], overlap=False)
+    server.run([Request(PROMPTS[i], 9) for i in (0, 2)])
+    rows = [(row["prompts"] > 0, row["batch"] * row["repeat"] > 0) for row in server.steps]
+    assert (True, True) in rows if policy is Policy.BUDGET else (True, True) not in rows
+    for row, (prompts, decodes) in zip(server.steps, rows, strict=True):
+        assert (row["prefill_s"], row["decode_s"], row["other_s"]) == (5 * prompts, decodes * row["repeat"], 0)
 
 
 def test_cancelled_while_the_device_takes_it_in(quantized, expected):

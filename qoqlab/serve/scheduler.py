@@ -344,8 +344,7 @@ def replay(
         if early is not None and all(known[n].finish is not None for n in (*early.prefill, *early.decode)):
             early = None
         step = scheduler.plan(most) if early is None else early
-        both = step is not None and bool(step.prefill) and bool(step.decode)
-        early = scheduler.follow(step, most) if overlap and step is not None and not both else None
+        early = scheduler.follow(step, most) if overlap and step is not None else None
         at += 1
         if step is not None:
             ended = []

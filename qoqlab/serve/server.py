@@ -67,11 +67,6 @@ class Apart:
 
     known: Results
 
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """Its requests."""
-        return tuple(self.known)
-
     def results(self) -> Results:
         """What it brought to each request."""
         return self.known
@@ -191,17 +186,21 @@ class Server:
                 return False
             for number in planned_step.preempted:
                 self._free(number)
-            self._given.append((planned_step, self._give(planned_step)))
+            self._given.append((planned_step, []))
         step, turns = self._given[0]
         planned = self.now()
         cached = sum(self.requests[number].cached for number in step.decode if number in self.requests)
         prompts = sum(len(self.requests[number].request.prompt) for number in step.prefill if number in self.requests)
-        if self._overlap and len(self._given) == 1 and len(turns) == 1 and isinstance(turns[0], Turn):
-            self._follow(step, turns[0])
-        results: Results = turns[0].results() if step.prefill else {}
+        results: Results = {}
+        if step.prefill:
+            if not turns:
+                turns.append(self._take_in(step.prefill))
+            results |= self._read(step, turns[0])
         prefilled = self.now()
         if step.decode:
-            results |= turns[-1].results()
+            if len(turns) == bool(step.prefill):
+                turns.append(self._decode(step.decode, step.repeat))
+            results |= self._read(step, turns[-1])
         self._given.popleft()  # not before all is read: whoever interrupts the wait may go on with `step`
         decoded = self.now()
         self._finish(step, results)
@@ -222,10 +221,11 @@ class Server:
                 "run, step: a listener was told a token of a step that is not finished; submit requests instead"
             )
 
-    def _give(self, step: Step) -> list[Turn | Apart]:
-        """Give the device a step: its prompts, then its decodes."""
-        turns = [self._take_in(step.prefill)] if step.prefill else []
-        return turns + ([self._decode(step.decode, step.repeat)] if step.decode else [])
+    def _read(self, step: Step, turn: Turn | Apart) -> Results:
+        """What a step's prompts or decodes brought. What follows the step is the device's before that is read."""
+        if self._overlap and len(self._given) == 1 and isinstance(turn, Turn):
+            self._follow(step, turn)
+        return turn.results()
 
     def _follow(self, step: Step, turn: Turn) -> None:
         """Give the device what comes after a step that is under way, if its tokens cannot change who is in it. Of a turn
@@ -319,7 +319,7 @@ class Server:
     def _drop_ended(self) -> None:
         """Forget what the device has been given for requests that have all ended: nobody is left to read it."""
         self._given = deque(
-            pair for pair in self._given if not all(self._ended(n) for turn in pair[1] for n in turn.numbers)
+            (step, turns) for step, turns in self._given if not all(map(self._ended, (*step.prefill, *step.decode)))
         )
 
     def _ended(self, number: int) -> bool:
