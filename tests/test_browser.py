@@ -62,12 +62,23 @@ const create = URL.createObjectURL, revoke = URL.revokeObjectURL, plotly = {};
 const large = (thing) => thing.size > 3e6 && thing.type === 'text/javascript';
 URL.createObjectURL = (thing) => large(thing) ? plotly[thing.size] ??= create(thing) : create(thing);
 URL.revokeObjectURL = (url) => Object.values(plotly).includes(url) || revoke(url);"""
-#: Opens a notebook on the page's one kernel, runs all of it, and waits until there is nothing left to do.
+#: Opens a notebook on the page's one kernel, runs all of it, and waits until there is nothing left to do. Not before its
+#: widget manager has asked the kernel for widgets that are there already: what it makes of the answer and what the cells
+#: make meanwhile would get into each other's way, and then a widget is not drawn.
 RUN_ALL = """async (path) => {
-  const app = window.jupyterapp; await app.started;
+  const app = window.jupyterapp; await app.restored;
   window.kernel ??= await app.serviceManager.kernels.startNew({name: 'python3', path: '/'}, {handleComms: false});
   const panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook', kernel: {id: window.kernel.id}});
   await panel.context.ready; await panel.sessionContext.ready; await panel.revealed;
+  const soon = () => new Promise((resolve) => setTimeout(resolve, 50));
+  const mimeType = 'application/vnd.jupyter.widget-view+json';
+  let manager;
+  while (!manager) {  // a renderer made before there is a manager does not hear of it
+    const renderer = panel.content.rendermime.createRenderer(mimeType);
+    manager = await Promise.race([renderer._manager.promise, soon()]);
+    renderer.dispose();
+  }
+  while (!manager.restoredStatus) await soon();
   await app.commands.execute('notebook:run-all-cells');
   await panel.sessionContext.session.kernel.requestKernelInfo();
 }"""
@@ -99,7 +110,11 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(missing()), reason=missing() or "all there")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),
+    pytest.mark.flaky(reruns=1),
+]
 
 
 def free_port() -> int:
@@ -212,11 +227,24 @@ class Watched:
         self.page.set_default_timeout(1000 * PATIENCE_S)
         self.page.add_init_script(THRIFTY)
         self.elsewhere: list[str] = []
+        self.complaints: list[str] = []
         self.page.on("request", self._note)
+        self.page.on("console", self._hear)
 
     def _note(self, request) -> None:
         if not request.url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")):
             self.elsewhere.append(request.url)
+
+    def _hear(self, message) -> None:
+        if message.type in ("error", "warning") and "Unsatisfied version" not in message.text:
+            self.complaints.append(f"{message.type}: {message.text[:300]}")
+
+    def show(self) -> None:
+        """For whoever reads about a failure: a picture, what the page complained about, and what its widgets show."""
+        self.page.screenshot(path=SHOTS / "failed.png")
+        print(*self.complaints[-20:], sep="\n")
+        for number, output in enumerate(self.page.locator(".jp-OutputArea-output:has(.jupyter-widgets)").all()):
+            print(f"widget {number}: {output.inner_text()[:300]!r}")
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +295,7 @@ def run_all(desk, path: str) -> Iterator[None]:
             assert error in (None, "NotImplementedError"), f"cell {count}: {error}"
         yield
     except BaseException:
-        page.screenshot(path=SHOTS / "failed.png")
+        desk.show()
         raise
     finally:
         page.evaluate(CLOSE)
