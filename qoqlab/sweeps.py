@@ -88,7 +88,8 @@ def sweep(
     ``traceback``.
 
     Raises TypeError or ValueError for parameters that are no grid or list, settings that JSON cannot hold, points given
-    twice, an unknown backend, a file of another kind or of another function; ImportError naming the extra that is missing.
+    twice, an unknown backend, a file of another kind or of another function; ImportError naming the extra that is missing;
+    RuntimeError where a Dask cluster has had no worker for a minute.
     """
     chosen = _backend(backend)
     if not callable(function):
@@ -293,7 +294,6 @@ def _on_dask(function: Function, left: list[tuple[str, Settings]], address: str 
         except ValueError:
             raise ValueError("address: None needs an active dask.distributed Client; pass the scheduler's") from None
     with own as client:
-        client.wait_for_workers(1, timeout=30)
         rounds = [left]
         for batch in rounds:
             waiting = {client.submit(_attempt, function, *point, pure=False): point for point in batch}
