@@ -281,7 +281,7 @@ def _alone(function: Function, key: str, settings: Settings) -> tuple[str, dict[
 
 def _on_dask(function: Function, left: list[tuple[str, Settings]], address: str | None) -> Outcomes:
     try:
-        from distributed import Client, KilledWorker
+        from distributed import Client
     except ImportError:
         raise ImportError('backend: "dask" needs Dask; pip install "qoqlab[cluster]"') from None
 
@@ -298,29 +298,34 @@ def _on_dask(function: Function, left: list[tuple[str, Settings]], address: str 
         for batch in rounds:
             waiting = {client.submit(_attempt, function, *point, pure=False): point for point in batch}
             try:
-                for future in _as_done(client, waiting):
-                    try:
-                        yield future.result()
-                    except KilledWorker as error:
-                        if len(batch) > 1:  # the scheduler also blames points that only waited on the workers that died
-                            rounds.append([waiting[future]])
-                        else:
-                            yield waiting[future][0], _failure(error, float("nan"))
+                for future, outcome in _as_done(client, waiting):
+                    if not isinstance(outcome, BaseException):
+                        yield outcome
+                    elif len(batch) > 1:  # the scheduler also blames points that only waited on the workers that died
+                        rounds.append([waiting[future]])
+                    else:
+                        yield waiting[future][0], _failure(outcome, float("nan"))
             finally:  # a study that is interrupted leaves no work on the cluster
                 client.cancel(list(waiting))
 
 
-def _as_done(client: Any, futures: Iterable[Any]) -> Iterator[Any]:
-    """Futures of Dask as they are done. Raises RuntimeError where the cluster has had no worker for `WORKERLESS_S`: none may
-    ever come, and Dask would wait for it."""
-    from distributed import as_completed
+def _as_done(client: Any, futures: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Futures of Dask with their outcomes as they are done, or with the KilledWorker of those that the scheduler gave up.
+    Raises RuntimeError where the cluster has had no worker for `WORKERLESS_S`: none may ever come, and Dask would wait for
+    it, be it for a point or for a result that was lost with its worker."""
+    from distributed import KilledWorker, as_completed
 
     left, without = set(futures), 0
     while left:
         try:
             for future in as_completed(list(left), timeout=WORKERLESS_S / 2):
+                try:
+                    outcome = future.result(timeout=WORKERLESS_S / 2)
+                except KilledWorker as error:
+                    outcome = error
                 left.discard(future)
-                yield future
+                without = 0
+                yield future, outcome
         except TimeoutError:
             without = 0 if client.scheduler_info()["workers"] else without + 1
             if without == 2:

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pandas as pd
 import pytest
 import torch
 
 import qoqlab
-from qoqlab.sweeps import Backend, canonical, points, sweep
+from qoqlab.sweeps import Backend, _as_done, canonical, points, sweep
 
 GRID = {"x": [1, 2, 3], "y": [10, 20]}
 
@@ -402,7 +403,9 @@ def test_dask_with_a_point_that_ends_its_workers(workers: int, tmp_path: Path) -
     (tmp_path / "calls").mkdir()
     function, calls = dying(tmp_path / "calls")
     options = {"n_workers": workers, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-    with distributed.LocalCluster(**options, silence_logs=logging.CRITICAL) as cluster:
+    # 15 s after a worker's death a LocalCluster looks whether there is another, and gives it up if that has just died, too
+    patient = pytest.importorskip("dask").config.set({"distributed.deploy.lost-worker-timeout": "1 hour"})
+    with patient, distributed.LocalCluster(**options, silence_logs=logging.CRITICAL) as cluster:
         study = functools.partial(
             sweep, {"x": [2, 3, 4]}, function, "dask", cluster.scheduler_address, tmp_path / "study.jsonl", progress=False
         )
@@ -435,6 +438,20 @@ def test_dask_whose_workers_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyP
         timer.join()
     rows = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
     assert [row["settings"] for row in rows if "settings" in row] == [{"x": 1}], rows
+
+
+def test_dask_whose_last_worker_took_a_result_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Done, says the scheduler; but the result is gone with its worker, and waiting for it must end as well."""
+    distributed = pytest.importorskip("distributed", reason="Dask is not installed")
+    monkeypatch.setattr("qoqlab.sweeps.WORKERLESS_S", 0.02)
+    kept, gone = Mock(**{"result.return_value": "outcome"}), Mock(**{"result.side_effect": TimeoutError})
+    monkeypatch.setattr(distributed, "as_completed", lambda futures, timeout: sorted(futures, key=lambda f: f is gone))
+    client = Mock(**{"scheduler_info.return_value": {"workers": {}}, "scheduler.address": "tcp://there"})
+    results = _as_done(client, [gone, kept])
+    assert next(results) == (kept, "outcome")
+    with pytest.raises(RuntimeError, match=r"tcp://there has had no worker for 0\.02 s, and 1 points are left"):
+        next(results)
+    assert gone.result.call_args_list == [call(timeout=0.01)] * 2
 
 
 def test_dask_without_a_scheduler() -> None:
