@@ -7,10 +7,10 @@ v1  one thread per query head: walks along the tokens, finds its nibbles by form
 v2  one warp per query head, online softmax over 16 tokens at a time; lanes read whole words, codes become floats one by one
 v3  two codes at a time become fp16 numbers by one logical and one fp16 operation: no conversion of integers
 v4  tensor cores (mma.sync m16n8k16, fp16), scales and zeros by linearity, the query group on the n side, an equal run of
-    pages for every block. sm_80 and newer; on sm_90 pages come by bulk copies
+    pages for every block; codes are read as subnormal fp16 numbers. sm_80 and newer; on sm_90 pages come by bulk copies
 
 Linearity. A cached number is ``s * (c - z)`` with a scale and zero per token, so neither meets the tensor cores. Codes enter
-as ``c - 8``, exact in fp16 and centred, which keeps the sums small (z' = z - 8)::
+as ``c - 8`` (times `UNIT`), exact in fp16 and centred, which keeps the sums small (z' = z - 8)::
 
     score_t = scale * s_t * (sum_d (c_td - 8) q_d  -  z'_t * sum_d q_d)              K: s, z of the key
     out_d   = (sum_t w_t (c_td - 8)  -  sum_t w_t z'_t) / sum_t p_t,   w_t = p_t s_t  V: s, z of the value
@@ -49,6 +49,8 @@ SIGNATURE = tuple(
 LOWEST = -1e30
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+#: What v4's tensor cores see as 1 of a code; as a pair of fp16 numbers; the exponent to add to what it is multiplied by.
+UNIT, UNIT_PAIR, UNIT_BITS = 2.0**-9, 0x18001800, 9 << 23
 #: How many partial results are fetched at a time when a head's blocks are merged.
 BATCH = 16
 
@@ -142,18 +144,21 @@ def shared_float(at):
 
 @device
 def centred(word):
-    """The 8 codes of a word, 8 less each, as four fp16 pairs: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7.
+    """The 8 codes of a word, 8 less each, times `UNIT`, as four fp16 pairs: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7.
 
-    A nibble under the exponent of 1024 is the fp16 number 1024 + c, or 1024 + 16 c four bits further up.
+    A nibble alone is an fp16 number as it stands, the subnormal c * 2**-24, or c * 2**-20 four bits further up. One
+    multiplication, of which fp16 has no larger one, makes both c * 2**-9 and takes 8 * 2**-9 off, exactly. An exponent to be
+    put in, as v3 does, would be a second constant of a logical operation: there is room for one, so a register would have
+    to be filled every time.
     """
-    low, high, magic = u32(0x000F000F), u32(0x00F000F0), u32(0x64006400)
+    low, high = u32(0x000F000F), u32(0x00F000F0)
     x = u32(word >> u32(8))
-    offset, sixteenth, minus = u32(0x64086408), u32(0x2C002C00), u32(0xD480D480)  # 1032, 1 / 16, -72
+    first, second, minus = u32(0x78007800), u32(0x68006800), u32(0xA400A400)  # 2**15, 2**11, -8 * 2**-9
     return (
-        ptx.subtract_pair(u32(u32(word & low) | magic), offset),
-        ptx.fuse_pair(u32(u32(word & high) | magic), sixteenth, minus),
-        ptx.subtract_pair(u32(u32(x & low) | magic), offset),
-        ptx.fuse_pair(u32(u32(x & high) | magic), sixteenth, minus),
+        ptx.fuse_pair(u32(word & low), first, minus),
+        ptx.fuse_pair(u32(word & high), second, minus),
+        ptx.fuse_pair(u32(x & low), first, minus),
+        ptx.fuse_pair(u32(x & high), second, minus),
     )
 
 
@@ -318,7 +323,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
             for i in range(tiles * 2 * steps):
                 x = ptx.unpack_bfloat(queries[i])
                 queries[i] = ptx.pack_half(x[0] * factor, x[1] * factor)
-        one = u32(0x3C003C00)
+        one = u32(UNIT_PAIR)
         for n in range(tiles):
             c0 = c1 = c2 = c3 = f32(0.0)
             for s in range(steps):
@@ -522,7 +527,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
             length, first, first_page, pages = span(lengths, slot, window)
             stop = min(end, u32(unit + u32(pages - page)))
             row = u32(u32(sequence * kv_heads + head) * u32(group))
-            scale = scale_given * load_queries(query, row, lane, queries, sums)
+            scale = scale_given * load_queries(query, row, lane, queries, sums) * f32(1 / UNIT)
             for i in range(tiles * 4 * steps):
                 acc[i] = f32(0.0)
             for i in range(2 * tiles):
@@ -556,8 +561,8 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
                         scores[i + 3] = finish(ptx.fuse(z1, sums[2 * n + 1], dots[4 * n + 3]) * s1, scale, cap)
                     pair = at + u32(value_pairs + t * 64) + g * u32(4)
                     k0, k1 = ptx.unpack_half(ptx.lds1(pair)), ptx.unpack_half(ptx.lds1(pair + u32(32)))
-                    value_scales[2 * t], value_zeros[2 * t] = k0[0], k0[1] - f32(8.0)
-                    value_scales[2 * t + 1], value_zeros[2 * t + 1] = k1[0], k1[1] - f32(8.0)
+                    value_scales[2 * t], value_zeros[2 * t] = k0[0], ptx.fuse(k0[1], f32(UNIT), f32(-8 * UNIT))
+                    value_scales[2 * t + 1], value_zeros[2 * t + 1] = k1[0], ptx.fuse(k1[1], f32(UNIT), f32(-8 * UNIT))
                 if token < first or u32(token + u32(size)) > length:
                     # beyond the ends a page may hold anything, NaN too
                     for t in range(token_tiles):
@@ -574,7 +579,7 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
                 for k in range(2, 5):
                     top = ptx.maximum(top, exchange(top, 1 << k))
                 power = u32(word_of(top) & u32(0x7F800000))  # scales of the page are below twice this power of two
-                back, normal = ptx.as_float(power), ptx.as_float(u32(u32(254 << 23) - power))
+                back, normal = ptx.as_float(u32(power + u32(UNIT_BITS))), ptx.as_float(u32(u32(254 << 23) - power))
                 for n in range(tiles):
                     i = n * token_tiles * 4
                     m0, m1 = scores[i], scores[i + 1]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from numba import cuda, types
 
 from . import ptx
-from .kv4 import LOWEST, SIGNATURE, Form, capper, centred, exchange, natural, spanner
+from .kv4 import LOWEST, SIGNATURE, Form, capper, exchange, natural, spanner
 from .launch import Program
 from .ptx import device, f32, i32, u32, u64
 
@@ -136,9 +136,19 @@ def halves(a, b, c, d):
 
 @device
 def magic(word):
-    """The codes of `plain`, 8 less each, in packed halves until they are widened (`kv4.centred`)."""
-    a, b, c, d = centred(word)
-    return halves(a, b, c, d)
+    """The codes of `plain`, 8 less each, in packed halves until they are widened.
+
+    A nibble under the exponent of 1024 is the fp16 number 1024 + c, or 1024 + 16 c four bits further up.
+    """
+    low, high, exponent = u32(0x000F000F), u32(0x00F000F0), u32(0x64006400)
+    x = u32(word >> u32(8))
+    offset, sixteenth, minus = u32(0x64086408), u32(0x2C002C00), u32(0xD480D480)  # 1032, 1 / 16, -72
+    return halves(
+        ptx.subtract_pair(u32(u32(word & low) | exponent), offset),
+        ptx.fuse_pair(u32(u32(word & high) | exponent), sixteenth, minus),
+        ptx.subtract_pair(u32(u32(x & low) | exponent), offset),
+        ptx.fuse_pair(u32(u32(x & high) | exponent), sixteenth, minus),
+    )
 
 
 @device

@@ -60,7 +60,7 @@ def attention_mutant_case(version: str, what: str) -> dict:
         "no transposition": ("transpose8", lambda word: word),
         "no largest score": ("maximum", lambda a, b: cap(a, a)),
         "counts no arrivals": ("atomic_inc", lambda at: 0),
-        "offset of the codes": ("subtract_pair", lambda a, b: emulation.subtract_pair(a, int(b) - 0x10001)),
+        "offset of the codes": ("fuse_pair", lambda a, b, c: emulation.fuse_pair(a, b, int(c) ^ 0x80008000)),
         "logarithm of another base": ("log2", lambda x: emulation.log2(x) * np.float32(0.7)),
         "conversion of the codes": ("to_float", lambda x: emulation.to_float(x) * np.float32(1.01)),
         "lanes do not meet": ("shuffle_xor", lambda value, mask: value),

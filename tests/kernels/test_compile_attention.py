@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_v4(form: Form, capability: tuple, tmp_path: Path) -> None:
     assert_clean(made, program, BRANCHES)
     # sums of queries, then keys and values of a page: written out, nothing more
     assert made.opcodes["HMMA"] == form.tiles * (form.head_dim // 16) * (1 + 2 * form.page_size // 16)
+    # masks of codes are constants inside logical operations, not registers filled again and again
+    assert made.listing.count("0xf000f,") == form.page_size * form.head_dim // 64 and not re.findall(r"MOV.* 0xf000f0? ", made.listing)
     assert ("UBLKCP" in made.opcodes) == (capability >= (9, 0)) != ("LDGSTS" in made.opcodes)
 
 
