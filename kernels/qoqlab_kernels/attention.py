@@ -35,7 +35,7 @@ WEIGHT = 8
 class AttentionPlan:
     """Which kernel and, of v4 only, how large: ``warps`` in a block, ``stages`` pages on their way to each, ``bulk`` copies,
     ``blocks`` in the grid, ``overlap`` with the previous kernel's end, ``weight``: pages that a segment counts for beside
-    its own."""
+    its own, ``residents``: blocks on a multiprocessor."""
 
     version: str
     warps: int = 0
@@ -44,10 +44,13 @@ class AttentionPlan:
     blocks: int = 0
     overlap: bool = False
     weight: int = 0
+    residents: int = 1
 
     def constants(self, form: Form) -> tuple:
         """What the kernel of this version is built from."""
-        return (form, self.warps, self.stages, self.bulk, self.overlap, self.weight) if self.version == "v4" else (form,)
+        if self.version != "v4":
+            return (form,)
+        return (form, self.warps, self.stages, self.bulk, self.overlap, self.weight, self.residents)
 
 
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
@@ -58,7 +61,7 @@ def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block
         limit = min(per_block, per_processor // residents - 1024)
         stages = min(wanted, (limit - Ring(form, warps, 0).total) // (warps * (form.layout.bytes + 8)))
         if stages >= residents:
-            return AttentionPlan("v4", warps, stages, hopper, processors * residents, hopper, WEIGHT)
+            return AttentionPlan("v4", warps, stages, hopper, processors * residents, hopper, WEIGHT, residents)
     raise ValueError(f"page_size: pages of {form.page_size} tokens do not fit in {per_block} bytes of shared memory")
 
 

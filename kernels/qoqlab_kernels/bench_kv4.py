@@ -9,6 +9,9 @@ their end or fetching pages meanwhile (`attention.kv4_attention`, ``settled``). 
 Peers are torch's flash and cuDNN attention on fp16 keys and values of the same numbers: as a batch of single queries
 (``enable_gqa``), and with the query group as the sequence of queries, which is the same product without masking and what
 serving libraries do.
+
+``--plans 4x2x2,4x1x3`` also times other sizes of the kernel, each of so many warps, stages and blocks on a multiprocessor,
+on the points of this run (``plans`` in the record).
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from qoqlab.kv import QuantizedKV, quantize_kv4
 
 from . import attention, fused, kv4_ladder, measure
 from .cache import PagedKV4
-from .kv4 import Form
+from .kv4 import Form, Ring
 
 MODULE = "qoqlab_kernels.bench"
 #: Largest relative error of a result against fp32, of the kernel and of a peer.
@@ -155,6 +158,30 @@ def time_kernel(
     return (*checked_time(calls, outputs, data.want, about_us), plan)
 
 
+def variant(words: str, processors: int, base: attention.AttentionPlan) -> attention.AttentionPlan:
+    """A plan with other sizes: ``"4x1x3"`` has 4 warps, 1 stage and 3 blocks on each of so many multiprocessors. Raises
+    ValueError for other words."""
+    sizes = words.split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"--plans: expected warps, stages and blocks on a multiprocessor, such as 4x1x3, got {words!r}")
+    warps, stages, residents = map(int, sizes)
+    return replace(base, warps=warps, stages=stages, residents=residents, blocks=processors * residents)
+
+
+def time_plans(data: Operands, form: Form, about_us: float, plans: Sequence[str]) -> dict[str, float]:
+    """Microseconds of other sizes of the kernel; says why where one cannot run."""
+    properties: Any = torch.cuda.get_device_properties(data.query.device)
+    base, times = attention.attention_plan(form, data.query.device), {}
+    for words in plans:
+        plan = variant(words, properties.multi_processor_count, base)
+        needed, there = Ring(form, plan.warps, plan.stages).total + 1024, properties.shared_memory_per_multiprocessor
+        if needed * plan.residents > there or needed - 1024 > properties.shared_memory_per_block_optin:
+            print(f"no plan {words}: {plan.residents} x {needed} bytes of shared memory, {there} are there", flush=True)
+        else:
+            times[words] = time_kernel(data, form, about_us, plan)[0]
+    return times
+
+
 def time_in_step(data: Operands, form: Form, about_us: float) -> dict[str, float]:
     """Microseconds of RoPE and append with the attention behind it: "waiting" for its end, and "settled". The cache's last
     tokens become others, which attention does not see."""
@@ -208,7 +235,9 @@ def time_peers(data: Operands, point: Point, cache_bytes: int, about_us: float) 
     return times, refused
 
 
-def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) -> Iterator[dict[str, Any]]:
+def measured(
+    points: Sequence[Point], peers: bool, plans: Sequence[str], bandwidth: float, seed: int
+) -> Iterator[dict[str, Any]]:
     """Every point in turn."""
     cache_bytes = torch.cuda.get_device_properties().L2_cache_size
     for point in points:
@@ -230,6 +259,7 @@ def measured(points: Sequence[Point], peers: bool, bandwidth: float, seed: int) 
             "of_bandwidth": bound / us,
             "tb_per_s": point.least_bytes / us / 1e6,
             "relative_error": error,
+            **({"plans": time_plans(data, point.form, bound, plans)} if plans else {}),
             "with_append_us": time_in_step(data, point.form, bound),
             "ladder": ladder,
             "peers": times,
@@ -253,17 +283,28 @@ def point_table(results: Sequence[dict[str, Any]]) -> str:
     return measure.table(names, rows)
 
 
-def bench(points: Sequence[Point], peers: bool, command: Sequence[str], json: Path | None, commit: str) -> None:
+def plan_table(results: Sequence[dict[str, Any]]) -> str:
+    """Microseconds of every point by the plan that it runs with and by the others."""
+    others = list(dict.fromkeys(words for r in results for words in r["plans"]))
+    rows = [[r["batch"], r["tokens"], r["head_dim"], r["us"], *(r["plans"].get(w) for w in others)] for r in results]
+    return measure.table(["B", "tokens", "D", "us", *others], rows)
+
+
+def bench(
+    points: Sequence[Point], peers: bool, plans: Sequence[str], command: Sequence[str], json: Path | None, commit: str
+) -> None:
     """Measure, print and write."""
     measure.require_gpu()
     (bandwidth, how), seed = measure.measure_bandwidth(), secrets.randbelow(1 << 20)
     results: list[dict[str, Any]] = []
-    for result in measured(points, peers, bandwidth, seed):
+    for result in measured(points, peers, plans, bandwidth, seed):
         results.append(result)
         if json:  # after every point: what is done is kept if time runs out
             more = {"bandwidth": {"bytes_per_s": bandwidth, "source": how}, "seed": seed}
             measure.write_record(json, measure.record(command, commit, results, **more))
     print(point_table(results))
+    if plans:
+        print("", plan_table(results), sep="\n")
     print(f"\n{torch.cuda.get_device_name()}: {bandwidth / 1e12:.2f} TB/s ({how}); targets: on an H200", flush=True)
 
 
@@ -272,6 +313,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE} kv4_decode", description="Time decode attention on KV4.")
     parser.add_argument("--batch", default="", help="only these numbers of sequences, separated by commas")
     parser.add_argument("--no-peers", action="store_true", help="leave torch's attention out")
+    parser.add_argument("--plans", default="", help="other warps, stages and blocks to time, such as 4x2x2,4x1x3")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument("--commit", default="", help="recorded where the code runs outside a git checkout")
     known = parser.parse_args(list(arguments))
@@ -284,5 +326,11 @@ def main(arguments: Sequence[str]) -> int:
         points = [point for point in POINTS if point.batch in batches]
         if not points:
             parser.error(f"--batch: none of {known.batch} is measured; {sorted({p.batch for p in POINTS})} are")
+    plans = [words.strip() for words in known.plans.split(",") if words.strip()]
+    for words in plans:
+        try:
+            variant(words, 1, attention.AttentionPlan("v4"))
+        except ValueError as error:
+            parser.error(str(error))
     command = measure.command_line(MODULE, ["kv4_decode", *arguments])
-    return measure.guarded(MODULE, lambda: bench(points, not known.no_peers, command, known.json, known.commit))
+    return measure.guarded(MODULE, lambda: bench(points, not known.no_peers, plans, command, known.json, known.commit))

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from numba import cuda, types
 
 from . import ptx
-from .gemm import SHARED_HALF, first_unit, worker_of
+from .gemm import first_unit, worker_of
 from .launch import Program
 from .pages import ChunkLayout
 from .ptx import device, f32, i32, u32, u64
@@ -195,10 +195,12 @@ class Ring:
         return self.words + 4 * (2 * self.warps + 6) + 128
 
 
-def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, weight: int = 0) -> Program:
+def v4(
+    form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, weight: int = 0, residents: int = 1
+) -> Program:
     """``warps`` in a block, ``stages`` pages on their way to each; ``bulk``: by bulk copies (sm_90); ``overlap``: start
     while the previous kernel of the stream ends, and wait for it inside (sm_90); ``weight``: pages that a segment counts for
-    beside its own, where runs are at least as long."""
+    beside its own, where runs are at least as long; ``residents``: blocks for which a multiprocessor has registers."""
     layout, ring = form.layout, Ring(form, warps, stages)
     d, size, group, tiles, row_bytes = form.head_dim, form.page_size, form.group, form.tiles, form.row
     chunk_bytes, codes_bytes, key_pairs, value_pairs = layout.bytes, layout.codes, layout.scales, layout.value_scales
@@ -728,5 +730,4 @@ def v4(form: Form, warps: int, stages: int, bulk: bool, overlap: bool = False, w
                     sequence, head, u32(pages - u32(1)), pages, line, u32(1), lengths, slots, window, width, kv_heads
                 )
 
-    residents = 2 if ring.total <= SHARED_HALF else 1
     return Program(kernel, SIGNATURE, threads, ring.total, overlap=overlap, residents=residents)

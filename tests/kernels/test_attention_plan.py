@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from qoqlab_kernels import bench, bench_kv4
+import torch
+from qoqlab_kernels import attention, bench, bench_kv4
 from qoqlab_kernels.attention import WEIGHT, AttentionPlan, plan_for
 from qoqlab_kernels.bench_kv4 import POINTS, Point
 from qoqlab_kernels.kv4 import Form, Ring
@@ -12,9 +15,9 @@ HOPPER, AMPERE, ADA = (232448, 233472), (166912, 167936), (101376, 102400)
 
 
 def test_two_blocks_where_two_stages_of_each_fit() -> None:
-    assert plan_for(Form(128, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 2, True, 264, True, WEIGHT)
-    assert plan_for(Form(64, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 4, True, 264, True, WEIGHT)
-    assert plan_for(Form(128, 4), (8, 0), 108, *AMPERE) == AttentionPlan("v4", 4, 2, False, 216, weight=WEIGHT)
+    assert plan_for(Form(128, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 2, True, 264, True, WEIGHT, 2)
+    assert plan_for(Form(64, 4), (9, 0), 132, *HOPPER) == AttentionPlan("v4", 4, 4, True, 264, True, WEIGHT, 2)
+    assert plan_for(Form(128, 4), (8, 0), 108, *AMPERE) == AttentionPlan("v4", 4, 2, False, 216, weight=WEIGHT, residents=2)
     assert plan_for(Form(128, 4), (8, 9), 142, *ADA) == AttentionPlan("v4", 4, 2, False, 142, weight=WEIGHT)
 
 
@@ -44,12 +47,32 @@ def test_bytes_of_a_point() -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--batch", "x"], "--batch: expected positive numbers"), (["--batch", "7"], "--batch: none of 7 is measured")],
+    [
+        (["--batch", "x"], "--batch: expected positive numbers"),
+        (["--batch", "7"], "--batch: none of 7 is measured"),
+        (["--plans", "4x2x2,4x1"], "--plans: expected warps, stages and blocks on a multiprocessor, such as 4x1x3"),
+        (["--plans", "4x2x2,4x0x2"], "got '4x0x2'"),
+    ],
 )
 def test_options_of_the_benchmark(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         bench.main(["kv4_decode", *words])
     assert message in capsys.readouterr().err
+
+
+def test_other_plans_are_timed_where_they_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    limits = {"multi_processor_count": 132, "shared_memory_per_block_optin": HOPPER[0]}
+    there = SimpleNamespace(**limits, shared_memory_per_multiprocessor=HOPPER[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: there)
+    monkeypatch.setattr(attention, "attention_plan", lambda form, device: plan_for(form, (9, 0), 132, *HOPPER))
+    monkeypatch.setattr(bench_kv4, "time_kernel", lambda data, form, about_us, plan: (plan.blocks / plan.stages, 0.0, plan))
+    data = SimpleNamespace(query=torch.empty(0))
+    times = bench_kv4.time_plans(data, Form(128, 4), 1.0, ["4x2x2", "4x1x3", "4x2x3"])
+    assert times == {"4x2x2": 132.0, "4x1x3": 396.0}
+    assert "no plan 4x2x3: 3 x 79352 bytes of shared memory, 233472 are there" in capsys.readouterr().out
+    result = {"batch": 1, "tokens": 1024, "head_dim": 128, "us": 7.7}
+    table = bench_kv4.plan_table([result | {"plans": times}, result | {"plans": {"4x2x2": 8.0}}]).splitlines()
+    assert table[0].split()[-2:] == ["4x2x2", "4x1x3"] and table[1].split()[-2:] == ["132", "396"]
 
 
 def test_the_table_names_the_best_peer() -> None:
