@@ -62,25 +62,27 @@ const create = URL.createObjectURL, revoke = URL.revokeObjectURL, plotly = {};
 const large = (thing) => thing.size > 3e6 && thing.type === 'text/javascript';
 URL.createObjectURL = (thing) => large(thing) ? plotly[thing.size] ??= create(thing) : create(thing);
 URL.revokeObjectURL = (url) => Object.values(plotly).includes(url) || revoke(url);"""
-#: Opens a notebook on the page's one kernel, runs all of it, and waits until there is nothing left to do. Not before its
-#: widget manager has asked the kernel for widgets that are there already: what it makes of the answer and what the cells
-#: make meanwhile would get into each other's way, and then a widget is not drawn.
-RUN_ALL = """async (path) => {
+#: Opens a notebook on the page's one kernel.
+OPEN = """async (path) => {
   const app = window.jupyterapp; await app.restored;
   window.kernel ??= await app.serviceManager.kernels.startNew({name: 'python3', path: '/'}, {handleComms: false});
   const panel = await app.commands.execute('docmanager:open', {path, factory: 'Notebook', kernel: {id: window.kernel.id}});
   await panel.context.ready; await panel.sessionContext.ready; await panel.revealed;
-  const soon = () => new Promise((resolve) => setTimeout(resolve, 50));
-  const mimeType = 'application/vnd.jupyter.widget-view+json';
-  let manager;
-  while (!manager) {  // a renderer made before there is a manager does not hear of it
-    const renderer = panel.content.rendermime.createRenderer(mimeType);
-    manager = await Promise.race([renderer._manager.promise, soon()]);
-    renderer.dispose();
-  }
-  while (!manager.restoredStatus) await soon();
-  await app.commands.execute('notebook:run-all-cells');
-  await panel.sessionContext.session.kernel.requestKernelInfo();
+}"""
+#: Whether the open notebook's widget manager has asked the kernel for widgets that are there already. What it makes of the
+#: answer and what cells make meanwhile would get into each other's way, and then a widget is not drawn. Only a renderer
+#: knows the manager, and one that was made before it does not hear of it.
+READY = """async () => {
+  const {rendermime} = window.jupyterapp.shell.currentWidget.content;
+  const renderer = rendermime.createRenderer('application/vnd.jupyter.widget-view+json');
+  const manager = await Promise.race([renderer._manager.promise, new Promise((resolve) => setTimeout(resolve, 50))]);
+  renderer.dispose();
+  return Boolean(manager?.restoredStatus);
+}"""
+#: Runs all of the open notebook, and waits until there is nothing left to do.
+RUN_ALL = """async () => {
+  await window.jupyterapp.commands.execute('notebook:run-all-cells');
+  await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestKernelInfo();
 }"""
 #: Whether every cell of it has run: asked often, so no output is looked at, which would be copied.
 DONE = """() => window.jupyterapp.shell.currentWidget.content.widgets
@@ -113,7 +115,7 @@ def browser() -> str | None:
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(bool(missing()), reason=missing() or "all there"),
-    pytest.mark.flaky(reruns=1),
+    pytest.mark.flaky(reruns=1, only_rerun=["TimeoutError", "nothing happened"]),  # what was waited for, not what was seen
 ]
 
 
@@ -288,7 +290,9 @@ def run_all(desk, path: str) -> Iterator[None]:
     """Run a notebook; every cell has run, and only exercises failed. It is closed afterwards, whatever happened to it."""
     page = desk.page
     try:
-        page.evaluate(RUN_ALL, path)
+        page.evaluate(OPEN, path)
+        settle(page, lambda: page.evaluate(READY))
+        page.evaluate(RUN_ALL)
         settle(page, lambda: page.evaluate(DONE))
         for count, tags, error in page.evaluate(CELLS):
             assert (error == "NotImplementedError") == ("exercise" in tags), f"cell {count}: {error}"
