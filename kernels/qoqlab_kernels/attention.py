@@ -53,12 +53,17 @@ class AttentionPlan:
         return (form, self.warps, self.stages, self.bulk, self.overlap, self.weight, self.residents)
 
 
+def room_of(residents: int, per_block: int, per_processor: int) -> int:
+    """Bytes of shared memory for each of so many blocks on a multiprocessor; 1 KB a block is the driver's."""
+    return min(per_block, per_processor // residents - 1024)
+
+
 def plan_for(form: Form, capability: tuple[int, int], processors: int, per_block: int, per_processor: int) -> AttentionPlan:
-    """The plan for a GPU with so many bytes of shared memory for a block and for a multiprocessor (1 KB a block is the
-    driver's): two blocks on each multiprocessor if two stages of theirs fit, else one, of fewer warps if need be."""
+    """The plan for a GPU with so many bytes of shared memory for a block and for a multiprocessor: two blocks on each
+    multiprocessor if two stages of theirs fit, else one, of fewer warps if need be."""
     wanted, hopper = max(2, WARP_BYTES // form.layout.bytes), capability >= (9, 0)
     for residents, warps in ((2, WARPS), (1, WARPS), (1, WARPS // 2)):
-        limit = min(per_block, per_processor // residents - 1024)
+        limit = room_of(residents, per_block, per_processor)
         stages = min(wanted, (limit - Ring(form, warps, 0).total) // (warps * (form.layout.bytes + 8)))
         if stages >= residents:
             return AttentionPlan("v4", warps, stages, hopper, processors * residents, hopper, WEIGHT, residents)

@@ -171,12 +171,13 @@ def variant(words: str, processors: int, base: attention.AttentionPlan) -> atten
 def time_plans(data: Operands, form: Form, about_us: float, plans: Sequence[str]) -> dict[str, float]:
     """Microseconds of other sizes of the kernel; says why where one cannot run."""
     properties: Any = torch.cuda.get_device_properties(data.query.device)
+    limits = properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
     base, times = attention.attention_plan(form, data.query.device), {}
     for words in plans:
         plan = variant(words, properties.multi_processor_count, base)
-        needed, there = Ring(form, plan.warps, plan.stages).total + 1024, properties.shared_memory_per_multiprocessor
-        if needed * plan.residents > there or needed - 1024 > properties.shared_memory_per_block_optin:
-            print(f"no plan {words}: {plan.residents} x {needed} bytes of shared memory, {there} are there", flush=True)
+        needed, there = Ring(form, plan.warps, plan.stages).total, attention.room_of(plan.residents, *limits)
+        if needed > there:
+            print(f"no plan {words}: {needed} bytes of shared memory a block, {there} are there", flush=True)
         else:
             times[words] = time_kernel(data, form, about_us, plan)[0]
     return times
