@@ -146,10 +146,10 @@ def shared_float(at):
 def centred(word):
     """The 8 codes of a word, 8 less each, times `UNIT`, as four fp16 pairs: nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7.
 
-    A nibble alone is an fp16 number as it stands, the subnormal c * 2**-24, or c * 2**-20 four bits further up. One
-    multiplication, of which fp16 has no larger one, makes both c * 2**-9 and takes 8 * 2**-9 off, exactly. An exponent to be
-    put in, as v3 does, would be a second constant of a logical operation: there is room for one, so a register would have
-    to be filled every time.
+    A nibble alone is an fp16 number as it stands, the subnormal c * 2**-24, or c * 2**-20 four bits further up. One fused
+    multiplication by 2**15, the largest power that fp16 has, or 2**11 makes both c * 2**-9 and takes 8 * 2**-9 off, exactly.
+    An exponent put in, as in v3, would be a second constant of a logical operation: there is room for one, so a register
+    would have to be filled every time.
     """
     low, high = u32(0x000F000F), u32(0x00F000F0)
     x = u32(word >> u32(8))

@@ -36,8 +36,13 @@ class Compiled:
 
     report: str  #: of the assembler: registers, spills, lost performance
     registers: int
-    opcodes: Counter  #: instructions of the machine code by name, without suffixes
+    names: list[str]  #: instructions of the machine code in order, without suffixes
     listing: str  #: the machine code, disassembled
+
+    @property
+    def opcodes(self) -> Counter:
+        """How many instructions there are of every name."""
+        return Counter(self.names)
 
     @property
     def branches(self) -> int:
@@ -54,10 +59,9 @@ def compile_offline(program: Program, capability: tuple[int, int], folder: Path)
         [str(NVDISASM), "-c", str(binary)], capture_output=True, text=True, timeout=120, check=True
     ).stdout
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing)
-    opcodes = Counter(name.split(".")[0] for name in names)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) == 1, report
-    return Compiled(report, registers[0], opcodes, listing)
+    return Compiled(report, registers[0], [name.split(".")[0] for name in names], listing)
 
 
 def register_limit(program: Program) -> int:

@@ -29,7 +29,7 @@ from qoqlab.pipeline import quantize as quantize_model
 from ..families import build, cast_parameters
 from .engines import pair as engine_pair
 from .expected import product
-from .simulated_attention import attention_case, attention_errors, attention_mutant_case, public_attention_case
+from .simulated_attention import attention_case, attention_errors, attention_mutant_case, codes_case, public_attention_case
 from .simulated_own import compiled_own_case, own_case, own_errors, own_mutant_case
 
 GUARD = 512  # elements of poison before and after an output
@@ -598,7 +598,7 @@ FUNCTIONS = {
         *(gemm_case, public_case, compiled_case, quantize_case, spoilt_case, mutant_case, error_cases),
         *(fused_case, rope_case, compiled_fused_case, fused_errors, engine_case, sliced_case, sliced_errors),
         *(sums_case, sums_errors),
-        *(attention_case, public_attention_case, attention_mutant_case, attention_errors),
+        *(attention_case, public_attention_case, attention_mutant_case, attention_errors, codes_case),
         *(own_case, compiled_own_case, own_mutant_case, own_errors),
     )
 }

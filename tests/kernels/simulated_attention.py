@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import qoqlab_kernels as qk
 import torch
-from qoqlab_kernels import attention, emulation, kv4, matmul, ptx
+from qoqlab_kernels import attention, emulation, kv4, kv4_ladder, matmul, ptx
 from qoqlab_kernels.attention import AttentionPlan
 from qoqlab_kernels.kv4 import Form
 
@@ -70,6 +70,14 @@ def attention_mutant_case(version: str, what: str) -> dict:
     for _, counters in [matmul.room(1, 1, torch.device("cpu"))]:
         counters.zero_()
     return found
+
+
+def codes_case() -> dict:
+    """Whether v3 and v4 make exactly code - 8, times `kv4.UNIT` in v4, of every code in every nibble of a word."""
+    words = [sum((k + 3 * place) % 16 << 4 * place for place in range(8)) for k in range(16)]
+    want = [[(word >> 4 * place & 15) - 8 for place in (0, 4, 1, 5, 2, 6, 3, 7)] for word in words]
+    subnormal = [[float(x) / kv4.UNIT for pair in kv4.centred(word) for x in emulation.unpack_half(pair)] for word in words]
+    return {"v3": [list(map(float, kv4_ladder.magic(word))) for word in words] == want, "v4": subnormal == want}
 
 
 def attention_errors() -> dict:

@@ -136,6 +136,10 @@ def test_segments_have_a_weight(simulator: Simulator, weight: int, lengths: list
     check(simulator, ALONE | {"blocks": 4, "weight": weight}, form(64, 1), lengths, kv_heads=kv_heads, reverse=reverse)
 
 
+def test_codes_become_exact_numbers(simulator: Simulator) -> None:
+    assert simulator("codes_case") == {"v3": True, "v4": True}
+
+
 @pytest.mark.parametrize("version", ["v2", "v3", "v4"])
 def test_unchanged_kernels_are_right(simulator: Simulator, version: str) -> None:
     assert simulator("attention_mutant_case", version=version, what="nothing")["right"]
